@@ -1,0 +1,65 @@
+# demo, test, test-all, lint, bench: each sets up a local virtual environment first; stamps make the next run quick.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+# What the installed package is made of.
+SOURCES := CMakeLists.txt pyproject.toml README.md $(shell find core backends python -type f -not -name '*.py[co]' -not -name '*.so')
+
+# The budget plugin prints seconds against tests/budget.toml.
+PYTEST := PYTHONPATH=tests $(BIN)/python -m pytest -p budget
+
+.PHONY: help demo test test-all lint format bench clean
+
+help:
+	@echo "make demo      quantize a real model, evaluate it, write a report"
+	@echo "make test      the tests without the slow ones"
+	@echo "make test-all  all tests"
+	@echo "make lint      ruff, mypy, clang-format, typos"
+	@echo "make format    rewrite the sources as lint wants them"
+	@echo "make bench     operations beside bitsandbytes, call overhead, OpenMP sharing"
+
+$(VENV)/created:
+	$(PYTHON) -m venv $(VENV)
+	touch $@
+
+$(VENV)/lint-tools: requirements-lint.txt constraints.txt $(VENV)/created
+	$(PIP) install --quiet -c constraints.txt -r requirements-lint.txt
+	touch $@
+
+$(VENV)/package: $(SOURCES) constraints.txt $(VENV)/created
+	$(PIP) install -c constraints.txt .
+	touch $@
+
+# The second line's packages ask for other torch or transformers versions than they need here.
+$(VENV)/tools: requirements-dev.txt requirements-no-deps.txt constraints.txt $(VENV)/created
+	$(PIP) install --quiet -c constraints.txt -r requirements-dev.txt
+	$(PIP) install --quiet -c constraints.txt --no-deps -r requirements-no-deps.txt
+	touch $@
+
+demo: $(VENV)/package $(VENV)/tools
+	POLYBIT_FALLBACK=error $(BIN)/python examples/demo.py
+
+test: $(VENV)/package $(VENV)/tools
+	$(PYTEST) -m "not slow"
+
+test-all: $(VENV)/package $(VENV)/tools
+	$(PYTEST)
+
+# mypy needs torch and the typed dependencies.
+lint: $(VENV)/tools $(VENV)/lint-tools
+	PATH="$(CURDIR)/$(BIN):$$PATH" pre-commit run --all-files --show-diff-on-failure
+
+format: $(VENV)/lint-tools
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	PATH="$(CURDIR)/$(BIN):$$PATH" .ci/clang-format -i
+
+bench: $(VENV)/package $(VENV)/tools
+	POLYBIT_FALLBACK=error $(BIN)/python benchmarks/overhead.py
+	POLYBIT_FALLBACK=error $(BIN)/python benchmarks/ops.py
+	POLYBIT_FALLBACK=error $(BIN)/python benchmarks/openmp.py
+
+clean:
+	rm -rf $(VENV) build dist
