@@ -16,7 +16,8 @@ enum {
   PB_OK = 0,
   PB_UNSUPPORTED = 1, /* nothing was enqueued; pb_context.error says why */
   PB_SCRATCH = 2,     /* nothing was enqueued; pb_context.scratch_needed says how many bytes */
-  PB_ERROR = 3,       /* bad data found in a tensor (an index out of range); error says what */
+  PB_ERROR = 3,       /* the op failed; error says why */
+  PB_BAD_INDEX = 4,   /* a tensor of indices holds one that is out of range; error says which */
 };
 
 /* Runs body(arg, begin, end) over parts of [0, count), each at least grain long but the last; returns when all are done. */

@@ -1,0 +1,101 @@
+"""Where backends come from: libraries beside the package, entry points, and paths given by the user.
+
+A source that fails is recorded with its reason and skipped: it never breaks ``import polybit``.
+"""
+
+from __future__ import annotations
+
+import threading
+from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
+
+from polybit.backends.base import Backend, BackendError, BackendInfo
+from polybit.backends.native import load_library
+
+ENTRY_POINT_GROUP = "polybit.backends"
+LIBRARY_FOLDER = Path(__file__).parent.parent / "lib"
+
+# The families that are used without being named. The emulator is a test vehicle: only POLYBIT_BACKEND or
+# polybit.backend() bring it in.
+AUTOMATIC_FAMILIES = ("cpu",)
+
+
+def family(name: str) -> str:
+    """``cpu:avx2`` -> ``cpu``."""
+    return name.partition(":")[0]
+
+
+class Catalogue:
+    """All known backends, in order of preference, and what could not be loaded."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        self._tried: set[str] = set()
+        self.backends: list[Backend] = []
+        self.failures: list[BackendInfo] = []
+        self.version = 0
+
+    def discover(self, families: tuple[str, ...] = AUTOMATIC_FAMILIES) -> None:
+        """Load the libraries of these families, then the entry points; each source once."""
+        with self._lock:
+            for name in families:
+                for path in sorted(LIBRARY_FOLDER.glob(f"libpolybit_{name}.*")):
+                    self._try(str(path), path)
+            for entry in entry_points(group=ENTRY_POINT_GROUP):
+                self._try(f"entry point {entry.name}", entry)
+
+    def families(self) -> tuple[str, ...]:
+        """The families whose library lies beside the package."""
+        return tuple(sorted(path.name.split(".")[0].removeprefix("libpolybit_") for path in LIBRARY_FOLDER.glob("libpolybit_*")))
+
+    def add(self, backends: list[Backend]) -> list[str]:
+        """Append backends; refuses a name that is taken."""
+        with self._lock:
+            known = {backend.name for backend in self.backends}
+            for backend in backends:
+                if backend.name in known:
+                    raise BackendError(f"{backend.origin}: a backend named {backend.name} is loaded already")
+            self.backends.extend(backends)
+            self.version += 1
+            return [backend.name for backend in backends]
+
+    def _try(self, origin: str, source: Path | EntryPoint) -> None:
+        if origin in self._tried:
+            return
+        self._tried.add(origin)
+        try:
+            self.add(_load(source))
+        except Exception as problem:  # whatever a plug-in throws is its own affair: report it and go on
+            self.failures.append(BackendInfo(origin, "", False, f"{type(problem).__name__}: {problem}", origin))
+
+
+def _load(source: object) -> list[Backend]:
+    """A path, a backend, a list of them, or a callable or entry point that gives one of these."""
+    if isinstance(source, EntryPoint):
+        return _load(source.load())
+    if isinstance(source, (str, Path)):
+        return list(load_library(source))
+    if isinstance(source, Backend):
+        return [source]
+    if isinstance(source, (list, tuple)):
+        return [backend for item in source for backend in _load(item)]
+    if callable(source):
+        return _load(source())
+    raise TypeError(f"a backend source is a path, a Backend or a callable that returns one, got {type(source).__name__}")
+
+
+catalogue = Catalogue()
+
+
+def load_backend(path: str | Path) -> list[str]:
+    """Load a backend library from ``path`` and return the names of its backends.
+
+    They are used when named (``POLYBIT_BACKEND``, :func:`polybit.backend`) or when no earlier backend takes their device.
+
+    Raises:
+        BackendError: the library cannot be loaded, was built for another op table, or brings a name that is taken.
+    """
+    try:
+        return catalogue.add(list(load_library(path)))
+    except RuntimeError as problem:
+        raise BackendError(str(problem)) from None
