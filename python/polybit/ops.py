@@ -71,7 +71,7 @@ def parse_table(text: str) -> list[OpRow]:
 
 ROWS = {row.name: row for row in parse_table(TABLE.read_text(encoding="utf-8"))}
 
-LIB = torch.library.Library("polybit", "DEF")
+LIB = torch.library.Library("polybit", "DEF")  # type: ignore[no-untyped-call]
 
 
 def _result(outs: tuple[torch.Tensor, ...]) -> Any:
@@ -132,8 +132,8 @@ def _register() -> None:
         raise RuntimeError(f"the op table and the spec disagree about {sorted(set(ROWS) ^ set(spec.OPS))}")
     for name, row in ROWS.items():
         op = spec.OPS[name]
-        LIB.define(row.schema, tags=(torch.Tag.pt2_compliant_tag,))
-        LIB.impl(name, _implementation(row, op), "CompositeExplicitAutograd")
+        LIB.define(row.schema, tags=(torch.Tag.pt2_compliant_tag,))  # type: ignore[no-untyped-call]
+        LIB.impl(name, _implementation(row, op), "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
         torch.library.register_fake(f"polybit::{name}", _fake(op), lib=LIB)
 
 

@@ -21,7 +21,7 @@ def _empty_bytes(count: int, like: torch.Tensor) -> torch.Tensor:
 
 _C.set_torch(
     getattr(torch.Tensor, "__dlpack_c_exchange_api__", None),
-    torch.utils.dlpack.to_dlpack,
+    torch._C._to_dlpack,
     _empty_bytes,
 )
 
