@@ -15,9 +15,6 @@
 #ifndef PB_LOCAL
 #define PB_LOCAL
 #endif
-#ifndef PB_CONST
-#define PB_CONST
-#endif
 #ifndef PB_UNROLL
 #define PB_UNROLL
 #endif
