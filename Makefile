@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 # What the installed package is made of.
-SOURCES := CMakeLists.txt pyproject.toml README.md $(shell find core backends python -type f -not -name '*.py[co]' -not -name '*.so')
+SOURCES := CMakeLists.txt pyproject.toml $(wildcard README.md) $(shell find core backends python -type f -not -name '*.py[co]' -not -name '*.so')
 
 # The budget plugin prints seconds against tests/budget.toml.
 PYTEST := PYTHONPATH=tests $(BIN)/python -m pytest -p budget

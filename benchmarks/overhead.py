@@ -1,0 +1,38 @@
+"""What a call of a four-tensor op costs through Python: at most 6 microseconds. Exit status 1 when it costs more."""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+from common import report, seconds
+
+import polybit  # noqa: F401, registers torch.ops.polybit
+
+LIMIT = 6e-6
+
+
+def main() -> int:
+    """q, absmax, code -> y, on 16 elements."""
+    torch.set_num_threads(1)
+    code = torch.linspace(-1, 1, 256)
+    q = torch.arange(16, dtype=torch.uint8)
+    absmax = torch.ones(1)
+    op = torch.ops.polybit.dequantize_blockwise.default
+    packet = torch.ops.polybit.dequantize_blockwise
+    with torch.no_grad():
+        # The least of several medians: the machine's other work is not the call's cost.
+        ours = min(seconds(lambda: op(q, absmax, code, 16, torch.float32)) for _ in range(5))
+        by_packet = min(seconds(lambda: packet(q, absmax, code, 16, torch.float32)) for _ in range(5))
+        empty = min(seconds(lambda: torch.empty(16)) for _ in range(5))
+    report(bench="overhead", op="dequantize_blockwise", us=ours * 1e6, packet_us=by_packet * 1e6, empty_us=empty * 1e6)
+    if ours > LIMIT:
+        print(
+            f"dequantize_blockwise: a call costs {ours * 1e6:.2f} us, wanted at most {LIMIT * 1e6:g}", file=sys.stderr
+        )
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

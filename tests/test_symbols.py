@@ -1,0 +1,83 @@
+"""What the compiled files define and need, seen by nm."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import pytest
+from tools import LIB, PACKAGE, require_tool
+
+LIBRARIES = sorted(LIB.glob("libpolybit_*.so"))
+EXTENSION = next(PACKAGE.glob("_C.*.so"))
+
+# A backend library may use what every C and C++ program has, and nothing of Python, torch or an OpenMP runtime.
+FORBIDDEN = ("Py", "_Py", "GOMP_", "omp_", "__kmpc", "_ZN2at", "_ZN3c10", "_ZN5torch", "aoti_torch")
+SYSTEM_LIBRARIES = ("libc.so", "libm.so", "libstdc++.so", "libgcc_s.so", "ld-linux", "libpthread.so", "libdl.so")
+
+
+def symbols(path: Path, *flags: str) -> list[tuple[str, str]]:
+    """(letter, name) by nm."""
+    lines = subprocess.run([require_tool("nm"), *flags, str(path)], check=True, capture_output=True, text=True).stdout
+    rows = [line.split() for line in lines.splitlines() if line.strip()]
+    return [(row[-2], row[-1]) for row in rows if len(row) >= 2]
+
+
+def test_there_is_a_cpu_library() -> None:
+    assert LIB / "libpolybit_cpu.so" in LIBRARIES
+
+
+@pytest.mark.parametrize("library", LIBRARIES, ids=lambda path: path.stem)
+def test_one_door(library: Path) -> None:
+    """polybit_backend is the only strong symbol that a backend exports."""
+    exported = [name for letter, name in symbols(library, "-D", "--defined-only") if letter in "TDBR"]
+    assert exported == ["polybit_backend"]
+
+
+@pytest.mark.parametrize("library", LIBRARIES, ids=lambda path: path.stem)
+def test_free_of_python_torch_and_openmp(library: Path) -> None:
+    needed = [name for letter, name in symbols(library, "-D", "--undefined-only")]
+    assert [name for name in needed if name.startswith(FORBIDDEN)] == []
+    listing = subprocess.run([require_tool("readelf"), "-d", str(library)], check=True, capture_output=True, text=True)
+    linked = [line.split("[")[1].rstrip("]") for line in listing.stdout.splitlines() if "(NEEDED)" in line]
+    assert [name for name in linked if not name.startswith(SYSTEM_LIBRARIES)] == []
+
+
+def test_the_extension_is_free_of_torch_and_openmp() -> None:
+    needed = [name for letter, name in symbols(EXTENSION, "-D", "--undefined-only")]
+    assert [name for name in needed if name.startswith(FORBIDDEN[2:])] == []
+
+
+def test_the_cpu_library_has_no_weak_definition() -> None:
+    """A weak function compiled for AVX512 could be the one the linker keeps for everybody.
+
+    Only backend.cpp, compiled for the baseline, may bring inline functions of the standard library.
+    """
+    library = LIB / "libpolybit_cpu.so"
+    weak = [name for letter, name in symbols(library) if letter in "WVuwv"]
+    runtime = ("__gmon_start__", "_ITM_", "__cxa_finalize", "DW.ref.")
+    own = [name for name in weak if not name.startswith(runtime) and "@" not in name]
+    assert [name for name in own if not name.startswith(("_ZNSt", "_ZNKSt", "_ZSt", "_ZTISt", "_ZTSSt"))] == []
+
+
+@pytest.mark.parametrize("isa", ["scalar", "avx2", "avx512", "avx512_vnni", "avx512_bf16"])
+def test_an_instruction_set_file_defines_its_table_only(isa: str, tmp_path: Path) -> None:
+    """Compiled alone from the source tree: one global symbol, nothing weak, nothing of std."""
+    root = Path(__file__).parent.parent
+    source = root / "backends" / "cpu" / f"isa_{isa}.cpp"
+    base = ["-mavx2", "-mfma", "-mf16c"]
+    wide = [*base, "-mavx512f", "-mavx512bw", "-mavx512vl"]
+    flags = {"scalar": [], "avx2": base, "avx512": wide, "avx512_vnni": [*wide, "-mavx512vnni"]}.get(
+        isa, [*wide, "-mavx512vnni", "-mavx512bf16"]
+    )
+    machine = subprocess.run(["uname", "-m"], check=True, capture_output=True, text=True).stdout.strip()
+    if machine not in ("x86_64", "AMD64") and isa != "scalar":
+        pytest.skip("needs an x86-64 compiler target")
+    compiled = tmp_path / f"{isa}.o"
+    includes = [f"-I{PACKAGE / 'include'}", f"-I{root / 'core'}", f"-I{root}"]
+    command = [require_tool("c++", "g++", "clang++"), "-std=c++17", "-O1", "-fPIC", *flags, *includes, "-c"]
+    subprocess.run([*command, str(source), "-o", str(compiled)], check=True)
+    defined = symbols(compiled, "--defined-only", "--extern-only")
+    assert [name for _, name in defined] == [f"pb_cpu_{isa}"]
+    needed = [name for _, name in symbols(compiled, "--undefined-only")]
+    assert [name for name in needed if name.startswith("_Z")] == [], "calls C++ code outside its own file"

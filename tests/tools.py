@@ -1,0 +1,70 @@
+"""What several test files need: external tools, fresh interpreters, compiled plug-ins."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import polybit
+from polybit.backends import list_backends
+
+HERE = Path(__file__).parent
+PACKAGE = Path(polybit.__file__).parent
+INCLUDE = PACKAGE / "include"
+LIB = PACKAGE / "lib"
+
+
+def require_tool(*names: str) -> str:
+    """The path of the first tool that exists; without one the test is skipped, or fails where CI=true."""
+    for name in names:
+        path = shutil.which(name)
+        if path:
+            return path
+    message = f"needs one of: {', '.join(names)}"
+    if os.environ.get("CI") == "true":
+        pytest.fail(message)
+    pytest.skip(message)
+
+
+def cpu_variants() -> list[str]:
+    """The CPU variants usable on this machine, best first."""
+    return [info.name for info in list_backends() if info.usable and info.name.startswith("cpu:")]
+
+
+def run_python(
+    code: str, *, cwd: Path | None = None, check: bool = True, **env: str
+) -> subprocess.CompletedProcess[str]:
+    """Run code in a fresh interpreter that finds the same polybit."""
+    path = os.pathsep.join([str(PACKAGE.parent), env.pop("PYTHONPATH", "")]).rstrip(os.pathsep)
+    clean = {key: value for key, value in os.environ.items() if not key.startswith("POLYBIT_")}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=cwd,
+        env={**clean, **env, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    if check and done.returncode != 0:
+        pytest.fail(f"exit status {done.returncode}\n{done.stdout}\n{done.stderr}")
+    return done
+
+
+def compile_library(folder: Path, source: str, name: str, *flags: str) -> Path:
+    """Compile tests/abi/<source> against the installed headers into a shared library."""
+    cxx = source.endswith(".cpp")
+    compiler = require_tool("c++", "g++", "clang++") if cxx else require_tool("cc", "gcc", "clang")
+    standard = "-std=c++17" if cxx else "-std=c11"
+    library = folder / f"{name}.so"
+    command = [compiler, standard, "-Wall", "-Wextra", "-Werror", "-O1", "-shared", "-fPIC", f"-I{INCLUDE}", *flags]
+    done = subprocess.run(
+        [*command, str(HERE / "abi" / source), "-o", str(library)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return library
