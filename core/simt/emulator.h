@@ -1,0 +1,83 @@
+// The adaptor for the emulated machine, whose engine is backends/emulator/engine.cpp. It is stricter than the hardware:
+// every lane must reach the same call, and a call that some lanes miss is an error that names both places.
+#ifndef PB_SIMT_EMULATOR_H
+#define PB_SIMT_EMULATOR_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#define PB_ADAPTOR
+#define PB_FN static inline
+#define PB_GLOBAL
+#define PB_LOCAL
+#define PB_SHARED(T, name) T *name = static_cast<T *>(::pb::emulator::local_memory(sizeof(T)))
+#define PB_UNROLL
+
+namespace pb {
+typedef uint8_t u8;
+typedef uint16_t u16;
+typedef uint32_t u32;
+typedef int64_t i64;
+
+namespace emulator {
+struct Place {
+  const char *file;
+  int line;
+};
+struct Ids {
+  u32 tid, group, group_dim, width;
+};
+Ids ids();
+void barrier(Place place);
+u32 shuffle_xor(u32 value, u32 mask, Place place);
+void *local_memory(size_t bytes);  // the one array of the group; starts as 0xA5 in every byte
+void check_aligned(const void *p, size_t bytes, Place place);
+}  // namespace emulator
+
+PB_FN float as_float(u32 bits) {
+  float x;
+  __builtin_memcpy(&x, &bits, sizeof x);
+  return x;
+}
+PB_FN u32 as_u32(float x) {
+  u32 bits;
+  __builtin_memcpy(&bits, &x, sizeof bits);
+  return bits;
+}
+PB_FN float div_rn(float a, float b) { return a / b; }
+
+struct U4 {
+  u32 v[4];
+};
+PB_FN U4 load16(const u32 *p, const char *file = __builtin_FILE(), int line = __builtin_LINE()) {
+  emulator::check_aligned(p, 16, {file, line});
+  U4 r;
+  __builtin_memcpy(&r, p, 16);
+  return r;
+}
+PB_FN void store4(u8 *p, u32 word, const char *file = __builtin_FILE(), int line = __builtin_LINE()) {
+  emulator::check_aligned(p, 4, {file, line});
+  __builtin_memcpy(p, &word, 4);  // little-endian, as every target is
+}
+
+struct Wave {
+  u32 tid() const { return emulator::ids().tid; }
+  u32 group() const { return emulator::ids().group; }
+  u32 group_dim() const { return emulator::ids().group_dim; }
+  u32 lane() const { return emulator::ids().tid % width(); }
+  u32 width() const { return emulator::ids().width; }
+  void barrier(const char *file = __builtin_FILE(), int line = __builtin_LINE()) const {
+#ifdef PB_MUTATE_NO_BARRIER  // a test's mutation: what depends on barriers must then go wrong
+    (void)file, (void)line;
+#else
+    emulator::barrier({file, line});
+#endif
+  }
+  u32 shuffle_xor(u32 value, u32 mask, const char *file = __builtin_FILE(), int line = __builtin_LINE()) const {
+    return emulator::shuffle_xor(value, mask, {file, line});
+  }
+};
+}  // namespace pb
+
+#include "wave.h"
+#endif
