@@ -1,0 +1,110 @@
+"""Functions on quantized weights: products and gathers that never restore the whole of a weight."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from polybit.qtensor import TORCH_FUNCTIONS, QTensor, quantize
+
+__all__ = ["embedding", "linear", "linear_int8", "quantize"]
+
+
+def _compute_dtype(x: Tensor) -> Tensor:
+    # Autocast does not know the ops of other libraries; a linear layer is one of those it runs in the lower precision.
+    device_type = x.device.type
+    if x.is_floating_point() and torch.is_autocast_enabled(device_type):
+        return x.to(torch.get_autocast_dtype(device_type))
+    return x
+
+
+def _check(name: str, x: Tensor, weight: QTensor, bias: Tensor | None) -> None:
+    if weight.dim() != 2:
+        raise ValueError(f"{name}: weight must have 2 dimensions, got {list(weight.shape)}")
+    if x.dim() == 0 or x.shape[-1] != weight.shape[1]:
+        raise ValueError(f"{name}: the last dimension of x must be {weight.shape[1]}, got {list(x.shape)}")
+    if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        raise TypeError(f"{name}: x must be fp32, fp16 or bf16, got {x.dtype}")
+    if x.device != weight.device:
+        raise ValueError(f"{name}: x is on {x.device}, the weight on {weight.device}")
+    if bias is None:
+        return
+    if bias.shape != weight.shape[:1]:
+        raise ValueError(f"{name}: bias must have shape {[weight.shape[0]]}, got {list(bias.shape)}")
+    if bias.device != weight.device:
+        raise ValueError(f"{name}: bias is on {bias.device}, the weight on {weight.device}")
+
+
+def linear(x: Tensor, weight: QTensor, bias: Tensor | None = None) -> Tensor:
+    """y = x W^T + bias, with W read as it is stored.
+
+    x: fp32, fp16 or bf16 [..., K]; weight: a k-bit QTensor [N, K] (any format without a product of its own is restored
+    first); bias [N] or None, rounded to x's dtype. Returns y [..., N] in x's dtype (autocast's, where it is on).
+    Differentiable in x and bias. Raises TypeError or ValueError when dtypes, shapes or devices do not fit.
+    """
+    x = _compute_dtype(x)
+    _check("linear", x, weight, bias)
+    if bias is not None:
+        bias = bias.to(x.dtype)
+    format = weight.format
+    if format.kind != "kbit":
+        return F.linear(x, weight.dequantize().to(x.dtype), bias)
+    return cast(
+        Tensor,
+        torch.ops.polybit.matmul_kbit(
+            x, *weight.operands(), bias, None, weight.shape[0], weight.block_size, format.bits, 0, 0
+        ),
+    )
+
+
+def linear_int8(x: Tensor, weight: QTensor, bias: Tensor | None = None, *, threshold: float = 6.0) -> Tensor:
+    """LLM.int8(): x is quantized to int8 by rows, columns with an |x| >= threshold are multiplied in high precision.
+
+    x: fp32, fp16 or bf16 [..., K]; weight: an int8 QTensor [N, K]; bias [N] or None, rounded to x's dtype; threshold 0:
+    nothing is an outlier. Returns y [..., N] in x's dtype. Differentiable in x (rounding taken as the identity) and bias.
+    Source: Dettmers et al., "LLM.int8()", 2022, section 3. Raises TypeError or ValueError when the arguments do not fit.
+    """
+    if weight.format.kind != "int8":
+        raise ValueError(f"linear_int8: weight must be int8, got {weight.format_name}")
+    x = _compute_dtype(x)
+    _check("linear_int8", x, weight, bias)
+    if bias is not None:
+        bias = bias.to(x.dtype)
+    return cast(Tensor, torch.ops.polybit.linear_int8(x, weight.q, weight.absmax, bias, float(threshold)))
+
+
+def embedding(index: Tensor, weight: QTensor) -> Tensor:
+    """Rows `index` (int64 or int32, any shape) of a k-bit or int8 table [n, k]: a tensor [..., k] of weight's dtype."""
+    if weight.dim() != 2:
+        raise ValueError(f"embedding: weight must have 2 dimensions, got {list(weight.shape)}")
+    if index.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"embedding: index must be int64 or int32, got {index.dtype}")
+    if index.device != weight.device:
+        raise ValueError(f"embedding: index is on {index.device}, the weight on {weight.device}")
+    format, (n, k) = weight.format, weight.shape
+    if format.kind == "kbit":
+        y = torch.ops.polybit.gather_kbit(
+            index, *weight.operands(), n, k, weight.block_size, format.bits, 0, 0, weight.dtype
+        )
+    elif format.kind == "int8":
+        y = torch.ops.polybit.gather_int8(index, weight.q, weight.absmax, weight.dtype)
+    else:
+        y = weight.dequantize()[index]
+    return cast(Tensor, y)
+
+
+def _torch_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    # Only the plain case: everything else takes torch's own path, on the restored value.
+    if type(weight) is not QTensor or isinstance(input, QTensor) or isinstance(bias, QTensor):
+        return NotImplemented
+    if weight.dim() != 2 or weight.format.kind != "kbit" or input.dtype not in (weight.dtype, _compute_dtype(input).dtype):
+        return NotImplemented
+    if weight.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return NotImplemented
+    return linear(input, weight, bias)
+
+
+TORCH_FUNCTIONS[F.linear] = _torch_linear
