@@ -28,7 +28,7 @@ def best_variant() -> Iterator[None]:
 
 
 def lazy_input(count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """fp16 zeros with values at both ends and on both sides of 2^31; and a mask of the blocks of 4096 that have them."""
+    """fp16 zeros but for blocks of 4096 at both ends and on both sides of 2^31; and the mask of these blocks."""
     x = torch.zeros(count, dtype=torch.float16)
     touched = torch.zeros(-(-count // 4096), dtype=torch.bool)
     generator = torch.Generator().manual_seed(7)

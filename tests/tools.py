@@ -36,15 +36,12 @@ def cpu_variants() -> list[str]:
     return [info.name for info in list_backends() if info.usable and info.name.startswith("cpu:")]
 
 
-def run_python(
-    code: str, *, cwd: Path | None = None, check: bool = True, **env: str
-) -> subprocess.CompletedProcess[str]:
+def run_python(code: str, *, check: bool = True, **env: str) -> subprocess.CompletedProcess[str]:
     """Run code in a fresh interpreter that finds the same polybit."""
     path = os.pathsep.join([str(PACKAGE.parent), env.pop("PYTHONPATH", "")]).rstrip(os.pathsep)
     clean = {key: value for key, value in os.environ.items() if not key.startswith("POLYBIT_")}
     done = subprocess.run(
         [sys.executable, "-c", code],
-        cwd=cwd,
         env={**clean, **env, "PYTHONPATH": path},
         capture_output=True,
         text=True,
