@@ -3,8 +3,23 @@
 from __future__ import annotations
 
 from polybit import ops as ops  # registers torch.ops.polybit
+from polybit import autograd as autograd  # and the derivatives of its products
+from polybit import nn as nn
 from polybit.backends import BackendError, backend, load_backend
+from polybit.formats import Format, get_format, register_format
+from polybit.qtensor import QTensor, quantize
 
 __version__ = "0.1.0"
 
-__all__ = ["BackendError", "__version__", "backend", "load_backend"]
+__all__ = [
+    "BackendError",
+    "Format",
+    "QTensor",
+    "__version__",
+    "backend",
+    "get_format",
+    "load_backend",
+    "nn",
+    "quantize",
+    "register_format",
+]
