@@ -87,7 +87,7 @@ def test_forward(layer: nn.Module) -> None:
         layer(torch.zeros(3, 63))
     with pytest.raises(ValueError, match="last dimension of x must be 64"):
         layer(torch.zeros(()))
-    with pytest.raises(TypeError, match="x must be fp32, fp16 or bf16, got torch.int64"):
+    with pytest.raises(TypeError, match="x must be fp32, fp16 or bf16, got torch"):
         layer(torch.zeros(3, 64, dtype=torch.int64))
     with pytest.raises(ValueError, match="x is on meta, the weight on cpu"):
         layer(torch.zeros(3, 64, device="meta"))
@@ -134,9 +134,9 @@ def test_the_ops_check_what_reaches_them() -> None:
         (lambda: OPS.quantize_blockwise(X, torch.zeros(256), 0), ValueError),
         (lambda: OPS.quantize_int8(X.long(), 0.0), TypeError),
     ]
-    before = {name: inner.clone() for name, inner in weight.inner().items()}
+    before = {name: inner.clone() for name, inner in weight.inner_tensors().items()}
     for i, (call, error) in enumerate(cases):
         with pytest.raises(error, match="must be"):
             call()
             pytest.fail(f"case {i} did not raise")
-    assert all(torch.equal(before[name], inner) for name, inner in weight.inner().items())
+    assert all(torch.equal(before[name], inner) for name, inner in weight.inner_tensors().items())

@@ -7,7 +7,7 @@ bitsandbytes' keys, generalised. For a parameter called P (as in "layer.weight")
     P.quant_map          fp32 [2**bits]
     P.nested_absmax      fp32 [groups]     with double quantization
     P.nested_quant_map   fp32 [256]        with double quantization
-    P.quant_state.<owner>__<format>   uint8, the bytes of a JSON object; owner: bitsandbytes for nf4 and fp4, else polybit
+    P.quant_state.<owner>__<format>   uint8, the bytes of a JSON object; owner: bitsandbytes (nf4, fp4) or polybit
 
 int8: P int8 [N, K], SCB fp32 [N] and weight_format uint8 scalar 0 beside P (as in "layer.SCB").
 """
@@ -84,8 +84,8 @@ def from_tensors(
 ) -> QTensor:
     """The QTensor that `to_tensors` (or, for nf4, fp4 and int8, bitsandbytes) wrote under `prefix`.
 
-    It shares storage with `tensors` where it can. `device`: where to put it (default: where the codes are). `dtype`: the
-    logical dtype (default: the recorded one; int8 records none: fp32). Raises ValueError, naming the key, when an entry
+    It shares storage with `tensors` where it can. `device`: where to put it (default: where the codes are). `dtype`:
+    the logical dtype (default: the recorded one; int8 records none: fp32). Raises ValueError, naming the key, when an entry
     is missing, surplus, or does not fit.
     """
     if prefix not in tensors:

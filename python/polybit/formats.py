@@ -97,7 +97,8 @@ def register_format(
 
     `code` holds 4, 8, 16 (packed k-bit) or 256 (8-bit blockwise, ascending) finite fp32 values by stored code, all
     different. `thresholds` default to the fp32 midpoints of neighbours, `order` to the ascending order of the values.
-    A checkpoint names the format: register it before loading. Raises ValueError if the name is taken or a table is wrong.
+    A checkpoint names the format: register it before loading. Raises ValueError if the name is taken or a table is
+    wrong.
     """
     if not name or not name.replace("_", "").isalnum():
         raise ValueError(f"register_format: a name is made of letters, digits and _, got {name!r}")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from polybit import autograd as autograd  # registers the derivatives
 from polybit.qtensor import TORCH_FUNCTIONS, QTensor, quantize
 
 __all__ = ["embedding", "linear", "linear_int8", "quantize"]
@@ -16,7 +17,9 @@ __all__ = ["embedding", "linear", "linear_int8", "quantize"]
 def _compute_dtype(x: Tensor) -> Tensor:
     # Autocast does not know the ops of other libraries; a linear layer is one of those it runs in the lower precision.
     device_type = x.device.type
-    if x.is_floating_point() and torch.is_autocast_enabled(device_type):
+    if not torch.amp.is_autocast_available(device_type) or not torch.is_autocast_enabled(device_type):
+        return x
+    if x.is_floating_point():
         return x.to(torch.get_autocast_dtype(device_type))
     return x
 
@@ -63,8 +66,9 @@ def linear(x: Tensor, weight: QTensor, bias: Tensor | None = None) -> Tensor:
 def linear_int8(x: Tensor, weight: QTensor, bias: Tensor | None = None, *, threshold: float = 6.0) -> Tensor:
     """LLM.int8(): x is quantized to int8 by rows, columns with an |x| >= threshold are multiplied in high precision.
 
-    x: fp32, fp16 or bf16 [..., K]; weight: an int8 QTensor [N, K]; bias [N] or None, rounded to x's dtype; threshold 0:
-    nothing is an outlier. Returns y [..., N] in x's dtype. Differentiable in x (rounding taken as the identity) and bias.
+    x: fp32, fp16 or bf16 [..., K]; weight: an int8 QTensor [N, K]; bias [N] or None, rounded to x's dtype; threshold
+    0: nothing is an outlier. Returns y [..., N] in x's dtype. Differentiable in x (its rounding taken as the identity)
+    and bias.
     Source: Dettmers et al., "LLM.int8()", 2022, section 3. Raises TypeError or ValueError when the arguments do not fit.
     """
     if weight.format.kind != "int8":
@@ -96,11 +100,15 @@ def embedding(index: Tensor, weight: QTensor) -> Tensor:
     return cast(Tensor, y)
 
 
-def _torch_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def _torch_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
     # Only the plain case: everything else takes torch's own path, on the restored value.
     if type(weight) is not QTensor or isinstance(input, QTensor) or isinstance(bias, QTensor):
         return NotImplemented
-    if weight.dim() != 2 or weight.format.kind != "kbit" or input.dtype not in (weight.dtype, _compute_dtype(input).dtype):
+    if (
+        weight.dim() != 2
+        or weight.format.kind != "kbit"
+        or input.dtype not in (weight.dtype, _compute_dtype(input).dtype)
+    ):
         return NotImplemented
     if weight.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return NotImplemented

@@ -75,7 +75,7 @@ class QTensor(Tensor):
         block_size: int,
         search: bool = False,
     ) -> QTensor:
-        out = cast(QTensor, torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=q.device))
+        out = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=q.device)
         out.q, out.absmax, out.code = q, absmax, code
         out.nested_absmax, out.nested_code, out.nested_offset = nested_absmax, nested_code, nested_offset
         out.format_name, out.block_size, out.search = format, block_size, search
@@ -102,9 +102,9 @@ class QTensor(Tensor):
     @property
     def stored_bytes(self) -> int:
         """Bytes of all inner tensors."""
-        return sum(inner.numel() * inner.element_size() for inner in self.inner().values())
+        return sum(inner.numel() * inner.element_size() for inner in self.inner_tensors().values())
 
-    def inner(self) -> dict[str, Tensor]:
+    def inner_tensors(self) -> dict[str, Tensor]:
         """The inner tensors that are there, by name."""
         return {name: value for name in _INNER if (value := getattr(self, name)) is not None}
 
@@ -115,7 +115,7 @@ class QTensor(Tensor):
             raise TypeError(f"operands: {self.format_name} has no codebook")
         return self.q, self.absmax, code, self.nested_absmax, self.nested_code, self.nested_offset
 
-    def dequantize(self) -> Tensor:  # type: ignore[override]
+    def dequantize(self) -> Tensor:
         """The value as a plain tensor of the logical shape and dtype."""
         dtype = self.dtype if self.dtype in KERNEL_DTYPES else torch.float32
         ops = torch.ops.polybit
@@ -127,7 +127,9 @@ class QTensor(Tensor):
         else:
             absmax = self.absmax
             if self.double_quant:
-                absmax = ops.dequantize_absmax(absmax, self.nested_absmax, self.nested_code, self.nested_offset, 0, 0, 0)
+                absmax = ops.dequantize_absmax(
+                    absmax, self.nested_absmax, self.nested_code, self.nested_offset, 0, 0, 0
+                )
             y = ops.dequantize_blockwise(self.q, absmax, self.code, self.block_size, dtype)
         return cast(Tensor, y.to(self.dtype))
 
@@ -147,26 +149,26 @@ class QTensor(Tensor):
         )
 
     def _map(self, f: Callable[[Tensor], Tensor], dtype: torch.dtype | None = None) -> QTensor:
-        parts = {name: f(inner) for name, inner in self.inner().items()}
+        parts = {name: f(inner) for name, inner in self.inner_tensors().items()}
         return QTensor(**parts, shape=self.shape, dtype=dtype or self.dtype, **self._layout())
 
     def _layout(self) -> dict[str, Any]:
         return {"format": self.format_name, "block_size": self.block_size, "search": self.search}
 
     def _assign(self, other: QTensor) -> None:
-        theirs = other.inner()
-        for name, inner in self.inner().items():
+        theirs = other.inner_tensors()
+        for name, inner in self.inner_tensors().items():
             inner.copy_(theirs[name])
 
     def __tensor_flatten__(self) -> tuple[list[str], tuple[Any, ...]]:
-        return list(self.inner()), (self.dtype, self.format_name, self.block_size, self.search)
+        return list(self.inner_tensors()), (self.dtype, self.format_name, self.block_size, self.search)
 
     @staticmethod
     def __tensor_unflatten__(parts: dict[str, Tensor], meta: tuple[Any, ...], shape: Any, stride: Any) -> QTensor:
         dtype, format, block_size, search = meta
         return QTensor(**parts, shape=shape, dtype=dtype, format=format, block_size=block_size, search=search)
 
-    def __repr__(self, *, tensor_contents: object = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
         nested = ", double_quant" if self.double_quant else ""
         block = "" if self.format.kind == "int8" else f", block_size={self.block_size}"
         return f"QTensor({self.format_name}, {list(self.shape)}, {self.dtype}, device={self.device}{block}{nested})"
@@ -182,7 +184,7 @@ class QTensor(Tensor):
             return func(*args, **(kwargs or {}))
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         kwargs = kwargs or {}
         handler = _HANDLERS.get(func)
         if handler is not None and isinstance(args[0], QTensor):
@@ -215,7 +217,7 @@ def _on_values(func: Any, args: Any, kwargs: Any) -> Any:
 
 
 def _alias(func: Any, args: Any, kwargs: Any) -> Any:
-    return return_and_correct_aliasing(func, args, kwargs, args[0]._map(func))
+    return return_and_correct_aliasing(func, args, kwargs, args[0]._map(func))  # type: ignore[no-untyped-call]
 
 
 def _clone(func: Any, args: Any, kwargs: Any) -> Any:
@@ -270,8 +272,8 @@ def quantize(
     ignores it and `double_quant`). `double_quant`: quantize the scales to 8 bits as well. `search`: choose each k-bit
     scale by least squared error; formats made for it (lloyd2, lloyd3) always do.
 
-    Raises TypeError for another dtype, ValueError for an unknown format, a wrong block size, or a search that the format
-    does not have.
+    Raises TypeError for another dtype, ValueError for an unknown format, a wrong block size, or a search that the
+    format does not have.
     """
     format = get_format(format)
     check_block_size(block_size)
@@ -292,9 +294,7 @@ def quantize(
         return QTensor(q, absmax, block_size=block_size, **layout)
     code, thresholds, order = format.on(x.device)
     if format.kind == "kbit":
-        q, absmax = torch.ops.polybit.quantize_kbit(
-            x, code, thresholds, order, block_size, format.bits, int(search)
-        )
+        q, absmax = torch.ops.polybit.quantize_kbit(x, code, thresholds, order, block_size, format.bits, int(search))
     else:
         q, absmax = torch.ops.polybit.quantize_blockwise(x, code, block_size)
     nested: tuple[Tensor, ...] = ()

@@ -9,7 +9,7 @@ from typing import TypeVar
 from torch import nn
 
 from polybit.formats import Format, get_format
-from polybit.nn.linear import Linear4bit, Linear8bit, LinearKbit, QuantizedLinear
+from polybit.nn.linear import Linear4bit, Linear8bit, LinearKbit
 from polybit.qtensor import KERNEL_DTYPES, check_block_size
 
 M = TypeVar("M", bound=nn.Module)
@@ -47,31 +47,26 @@ def quantize_(
     if type(model) is nn.Linear:
         raise ValueError("quantize_: the model is a Linear itself and cannot be replaced in place; use from_linear")
     patterns = tuple(skip)
-    found = [
-        (name, module)
-        for name, module in model.named_modules(remove_duplicate=False)
-        if type(module) is nn.Linear and not _matches(name, patterns)
-    ]
-    for name, linear in found:
+    places: dict[nn.Linear, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if type(module) is nn.Linear and not _matches(name, patterns):
+            places.setdefault(module, []).append(name)
+    for linear, (name, *_) in places.items():
         if linear.weight.dtype not in KERNEL_DTYPES:
             raise TypeError(f"quantize_: {name}.weight must be fp32, fp16 or bf16, got {linear.weight.dtype}")
-    replaced: dict[nn.Linear, QuantizedLinear] = {}
-    for i, (name, linear) in enumerate(found):
-        new = replaced.get(linear)
-        if new is None and format.kind == "int8":
+    while places:
+        linear, names = next(iter(places.items()))
+        del places[linear]  # so that the dense weight is freed as soon as it is replaced
+        new: nn.Module
+        if format.kind == "int8":
             new = Linear8bit.from_linear(linear, threshold=threshold)
-        elif new is None:
+        else:
             cls = Linear4bit if format.bits == 4 else LinearKbit
             new = cls.from_linear(linear, format, block_size=block_size, double_quant=double_quant, search=search)
-        if any(other is linear for _, other in found[i + 1 :]):
-            replaced[linear] = new
-        found[i] = (name, _NOTHING)  # the dense weight is freed as soon as its last use is replaced
-        parent, _, last = name.rpartition(".")
-        setattr(model.get_submodule(parent), last, new)
+        for name in names:
+            parent, _, last = name.rpartition(".")
+            setattr(model.get_submodule(parent), last, new)
     return model
-
-
-_NOTHING = nn.Linear(0, 0, bias=False, device="meta")
 
 
 def _matches(name: str, patterns: tuple[str, ...]) -> bool:

@@ -33,7 +33,7 @@ class QuantizedLinear(nn.Module):
         self.register_parameter("bias", bias)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[no-untyped-call]
+        super()._save_to_state_dict(destination, prefix, keep_vars)
         del destination[prefix + "weight"]
         destination.update(checkpoint.to_tensors(self.weight, prefix + "weight"))
 
@@ -98,8 +98,8 @@ class LinearKbit(QuantizedLinear):
 
     weight: QTensor [out_features, in_features]; bias: [out_features] or None, trainable. `format`, `block_size`,
     `double_quant`, `search`: as in polybit.quantize. A new layer is initialised as nn.Linear is, then quantized;
-    `from_linear` quantizes a trained one. x: fp32, fp16 or bf16 [..., in_features]; y in x's dtype. Gradients reach x and
-    the bias. Raises ValueError for a format that is not k-bit, a wrong block size or size.
+    `from_linear` quantizes a trained one. x: fp32, fp16 or bf16 [..., in_features]; y in x's dtype. Gradients reach x
+    and the bias. Raises ValueError for a format that is not k-bit, a wrong block size or size.
     """
 
     def __init__(
