@@ -16,7 +16,7 @@ INDICES = (torch.int64, torch.int32)
 
 @dataclass(frozen=True)
 class Sample:
-    """Arguments of one call, in schema order. `rtol` None asks for equal bits, else |got - want| <= atol + rtol |want|."""
+    """Arguments of one call, in schema order. `rtol` None: equal bits, else |got - want| <= atol + rtol |want|."""
 
     id: str
     args: tuple[Any, ...]

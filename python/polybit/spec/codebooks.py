@@ -50,7 +50,7 @@ def nf4() -> Codebook:
 
 
 def normal_float(bits: int) -> Codebook:
-    """NormalFloat of 2 or 3 bits, by the construction of NF4: 2^(k-1) positive and 2^(k-1)-1 negative Gaussian quantiles, and 0.
+    """NormalFloat of 2 or 3 bits as NF4 is made: 2^(k-1) positive, 2^(k-1) - 1 negative Gaussian quantiles, and 0.
 
     The outermost probability is 1 - (1 / (2 (2^k - 1)) + 1 / 2^(k+1)) / 2, for k = 4 the 0.9677083 of QLoRA.
     """
@@ -84,13 +84,13 @@ def integer(bits: int) -> Codebook:
 
 
 def lloyd(bits: int) -> Codebook:
-    """MSE-optimal levels of a Gaussian, 2 or 3 bits. They are meant for the scale search: their largest is no maximum."""
+    """MSE-optimal levels of a Gaussian, 2 or 3 bits. Meant for the scale search: their largest is no maximum."""
     half = {2: LLOYD2, 3: LLOYD3}[bits]
     return ascending([-v for v in reversed(half)] + list(half))
 
 
 def dynamic(signed: bool = True) -> Codebook:
-    """Dynamic tree quantization (Dettmers 2016): seven decades, each with twice the levels of the one below; 0 and 1."""
+    """Dynamic tree quantization (Dettmers 2016): 0, 1, and seven decades, each of twice the levels of the one below."""
     values = [0.0, 1.0]
     for i in range(7):
         count = 1 << (i if signed else i + 1)
@@ -101,11 +101,14 @@ def dynamic(signed: bool = True) -> Codebook:
 
 
 def decade_means(count: int) -> Tensor:
-    """Means of neighbours of `count` + 1 evenly spaced points from 0.1 to 1, every step rounded to fp32."""
+    """Means of neighbours of `count` + 1 evenly spaced points, 0.1 to 1, in fp32 as in existing checkpoints.
+
+    Point i is fma(step, i, low), in the upper half fma(-step, count - i, high); fp64 holds the product exactly.
+    """
     low, high = torch.tensor(0.1), torch.tensor(1.0)
-    step = (high - low) / count
-    i = torch.arange(count + 1, dtype=torch.float32)
-    points = torch.where(i < (count + 1) // 2, low + step * i, high - step * (count - i))
+    step = ((high - low) / count).double()
+    i = torch.arange(count + 1, dtype=torch.float64)
+    points = torch.where(i < (count + 1) // 2, low.double() + step * i, high.double() - step * (count - i)).float()
     return (points[:-1] + points[1:]) / 2.0
 
 
@@ -117,7 +120,7 @@ def linear(signed: bool = True) -> Codebook:
 
 
 def fp8(exponent_bits: int, mantissa_bits: int) -> Codebook:
-    """All values of a float of 1 + exponent_bits + mantissa_bits = 8 bits without infinities, over the largest; 0 twice."""
+    """All values of a float of 1 + exponent_bits + mantissa_bits = 8 bits, none infinite, over the largest; 0 twice."""
     bias = 1 << (exponent_bits - 1)
     fractions = [m / (1 << mantissa_bits) for m in range(1 << mantissa_bits)]
     positive = [math.ldexp(f, 1 - bias) for f in fractions]

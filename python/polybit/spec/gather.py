@@ -42,7 +42,7 @@ def kbit_alloc(index: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     *run, n, k, block, bits, block_offset, block_stride, dtype = rest
     check_index(op, index)
     check_out_dtype(op, dtype)
-    check_weight(op, n * k, k, *run, block, bits, block_offset, block_stride)
+    check_weight(op, n * k, k, run, block, bits, block_offset, block_stride)
     check_device(op, index, q=run[0])
     return (torch.empty((*index.shape, k), dtype=dtype, device=index.device),)
 
@@ -50,7 +50,7 @@ def kbit_alloc(index: Tensor, *rest: Any) -> tuple[Tensor, ...]:
 def kbit_reference(index: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     """Rows of the restored table."""
     *run, n, k, block, bits, block_offset, block_stride, dtype = rest
-    table = weight_values(n * k, k, *run, block, bits, block_offset, block_stride).view(n, k)
+    table = weight_values(n * k, k, run, block, bits, block_offset, block_stride).view(n, k)
     return (rows("gather_kbit", table, index).to(dtype),)
 
 

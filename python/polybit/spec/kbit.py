@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,6 +28,9 @@ from .base import (
     tree_sum,
 )
 from .blockwise import inputs, noise, scaled
+
+# q absmax code nested_absmax nested_code nested_offset: a quantized weight, the last three None when not nested.
+Run = Sequence[Any]
 
 SEARCH_STEPS = [(j + 13) * 2.0**-5 for j in range(32)]
 
@@ -138,18 +142,14 @@ def check_weight(
     op: str,
     count: int,
     last_dimension: int,
-    q: Tensor,
-    absmax: Tensor,
-    code: Tensor,
-    nested_absmax: Tensor | None,
-    nested_code: Tensor | None,
-    nested_offset: Tensor | None,
+    run: Run,
     block: int,
     bits: int,
     block_offset: int,
     block_stride: int,
 ) -> None:
     """A quantized weight of `count` elements is consistent: dtypes, sizes, and its place in the whole."""
+    q, absmax, code, nested_absmax, nested_code, nested_offset = run
     check_block(op, block)
     check_bits(op, bits)
     if q.dtype != torch.uint8 or q.numel() != byte_count(count, bits):
@@ -183,41 +183,29 @@ def check_weight(
 def weight_values(
     count: int,
     last_dimension: int,
-    q: Tensor,
-    absmax: Tensor,
-    code: Tensor,
-    nested_absmax: Tensor | None,
-    nested_code: Tensor | None,
-    nested_offset: Tensor | None,
+    run: Run,
     block: int,
     bits: int,
     block_offset: int,
     block_stride: int,
 ) -> Tensor:
     """The restored weight, fp32 [count]: code[c] * absmax[b]."""
-    return code[unpack(q, count, bits)] * element_scales(
-        count, last_dimension, absmax, nested_absmax, nested_code, nested_offset, block, block_offset, block_stride
-    )
+    q, code = run[0], run[2]
+    values: Tensor = code[unpack(q, count, bits)]
+    scale = element_scales(count, last_dimension, run, block, block_offset, block_stride)
+    return values * scale
 
 
 def element_scales(
-    count: int,
-    last_dimension: int,
-    absmax: Tensor,
-    nested_absmax: Tensor | None,
-    nested_code: Tensor | None,
-    nested_offset: Tensor | None,
-    block: int,
-    block_offset: int,
-    block_stride: int,
+    count: int, last_dimension: int, run: Run, block: int, block_offset: int, block_stride: int
 ) -> Tensor:
     """The restored absmax of every element, fp32 [count]."""
-    absmax = absmax.reshape(-1)
+    _, absmax, _, nested_absmax, nested_code, nested_offset = run
+    flat: Tensor = absmax.reshape(-1)
     if nested_absmax is not None:
-        assert nested_code is not None and nested_offset is not None
-        place = scales.places(absmax.numel(), block_offset, last_dimension // block, block_stride, absmax.device)
-        absmax = scales.restore(absmax, nested_absmax, nested_code, nested_offset, place)
-    return absmax.repeat_interleave(block)[:count]
+        place = scales.places(flat.numel(), block_offset, last_dimension // block, block_stride, flat.device)
+        flat = scales.restore(flat, nested_absmax, nested_code, nested_offset, place)
+    return flat.repeat_interleave(block)[:count]
 
 
 def dequantize_alloc(
@@ -239,8 +227,8 @@ def dequantize_alloc(
     check_out_dtype(op, dtype)
     y = torch.empty(shape, dtype=dtype, device=q.device)
     last = shape[-1] if shape else 1
-    nested = (nested_absmax, nested_code, nested_offset)
-    check_weight(op, y.numel(), last, q, absmax, code, *nested, block, bits, block_offset, block_stride)
+    run = (q, absmax, code, nested_absmax, nested_code, nested_offset)
+    check_weight(op, y.numel(), last, run, block, bits, block_offset, block_stride)
     return (y,)
 
 
@@ -263,8 +251,8 @@ def dequantize_reference(
     for size in shape:
         count *= size
     last = shape[-1] if shape else 1
-    nested = (nested_absmax, nested_code, nested_offset)
-    y = weight_values(count, last, q, absmax, code, *nested, block, bits, block_offset, block_stride)
+    run = (q, absmax, code, nested_absmax, nested_code, nested_offset)
+    y = weight_values(count, last, run, block, bits, block_offset, block_stride)
     return (y.to(dtype).view(shape),)
 
 

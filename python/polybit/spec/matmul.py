@@ -43,7 +43,7 @@ def forward_alloc(x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     *run, bias, packed, n, block, bits, block_offset, block_stride = rest
     check_float(op, "x", x)
     k = features(op, "x", x)
-    check_weight(op, n * k, k, *run, block, bits, block_offset, block_stride)
+    check_weight(op, n * k, k, run, block, bits, block_offset, block_stride)
     check_device(op, x, q=run[0])
     check_bias(op, bias, n, x.dtype, x)
     if packed is not None:
@@ -56,7 +56,7 @@ def forward_reference(x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     """y = x W^T + bias, summed in fp64, rounded once. `packed` is a layout of the same q: no part of the meaning."""
     *run, bias, _packed, n, block, bits, block_offset, block_stride = rest
     k = x.shape[-1]
-    w = weight_values(n * k, k, *run, block, bits, block_offset, block_stride).view(n, k)
+    w = weight_values(n * k, k, run, block, bits, block_offset, block_stride).view(n, k)
     return (add_bias(x.double() @ w.double().t(), bias).to(x.dtype),)
 
 
@@ -65,7 +65,7 @@ def transposed_alloc(dy: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     op = "matmul_kbit_transposed"
     *run, k, block, bits, block_offset, block_stride = rest
     check_float(op, "dy", dy)
-    check_weight(op, features(op, "dy", dy) * k, k, *run, block, bits, block_offset, block_stride)
+    check_weight(op, features(op, "dy", dy) * k, k, run, block, bits, block_offset, block_stride)
     check_device(op, dy, q=run[0])
     return (torch.empty((*dy.shape[:-1], k), dtype=dy.dtype, device=dy.device),)
 
@@ -74,7 +74,7 @@ def transposed_reference(dy: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     """dx = dy W, summed in fp64, rounded once."""
     *run, k, block, bits, block_offset, block_stride = rest
     n = dy.shape[-1]
-    w = weight_values(n * k, k, *run, block, bits, block_offset, block_stride).view(n, k)
+    w = weight_values(n * k, k, run, block, bits, block_offset, block_stride).view(n, k)
     return ((dy.double() @ w.double()).to(dy.dtype),)
 
 
@@ -95,7 +95,7 @@ def grouped_alloc(x: Tensor, group_end: Tensor, *rest: Any) -> tuple[Tensor, ...
     *run, n, block, bits, block_offset, block_stride = rest
     check_groups(op, "x", x, group_end)
     k = x.shape[1]
-    check_weight(op, group_end.shape[0] * n * k, k, *run, block, bits, block_offset, block_stride)
+    check_weight(op, group_end.shape[0] * n * k, k, run, block, bits, block_offset, block_stride)
     check_device(op, x, q=run[0])
     return (torch.empty((x.shape[0], n), dtype=x.dtype, device=x.device),)
 
@@ -114,7 +114,7 @@ def grouped_reference(x: Tensor, group_end: Tensor, *rest: Any) -> tuple[Tensor,
     """See grouped_product."""
     *run, n, block, bits, block_offset, block_stride = rest
     e, k = group_end.shape[0], x.shape[1]
-    w = weight_values(e * n * k, k, *run, block, bits, block_offset, block_stride).view(e, n, k)
+    w = weight_values(e * n * k, k, run, block, bits, block_offset, block_stride).view(e, n, k)
     return (grouped_product(x, group_end, w.double().transpose(1, 2)),)
 
 
@@ -123,7 +123,7 @@ def grouped_transposed_alloc(dy: Tensor, group_end: Tensor, *rest: Any) -> tuple
     op = "matmul_kbit_grouped_transposed"
     *run, k, block, bits, block_offset, block_stride = rest
     check_groups(op, "dy", dy, group_end)
-    check_weight(op, group_end.shape[0] * dy.shape[1] * k, k, *run, block, bits, block_offset, block_stride)
+    check_weight(op, group_end.shape[0] * dy.shape[1] * k, k, run, block, bits, block_offset, block_stride)
     check_device(op, dy, q=run[0])
     return (torch.empty((dy.shape[0], k), dtype=dy.dtype, device=dy.device),)
 
@@ -132,7 +132,7 @@ def grouped_transposed_reference(dy: Tensor, group_end: Tensor, *rest: Any) -> t
     """See grouped_product."""
     *run, k, block, bits, block_offset, block_stride = rest
     e, n = group_end.shape[0], dy.shape[1]
-    w = weight_values(e * n * k, k, *run, block, bits, block_offset, block_stride).view(e, n, k)
+    w = weight_values(e * n * k, k, run, block, bits, block_offset, block_stride).view(e, n, k)
     return (grouped_product(dy, group_end, w.double()),)
 
 
@@ -145,7 +145,7 @@ def int8_alloc(x: Tensor, x_absmax: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     check_out_dtype(op, dtype)
     y = torch.empty((*x.shape[:-1], n), dtype=dtype, device=x.device)
     check_tensor(op, "x_absmax", x_absmax, torch.float32, math.prod(x.shape[:-1]))
-    check_weight(op, n * k, k, *run, block, bits, block_offset, block_stride)
+    check_weight(op, n * k, k, run, block, bits, block_offset, block_stride)
     check_device(op, x, x_absmax=x_absmax, q=run[0])
     check_bias(op, bias, n, dtype, x)
     return (y,)
@@ -154,11 +154,11 @@ def int8_alloc(x: Tensor, x_absmax: Tensor, *rest: Any) -> tuple[Tensor, ...]:
 def int8_reference(x: Tensor, x_absmax: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     """The codebook rounded to int8, the sum over the segments in fp64."""
     *run, bias, n, block, bits, block_offset, block_stride, dtype = rest
-    q, absmax, code, *nested = run
+    q, code = run[0], run[2]
     k = x.shape[-1]
     largest = code.abs().max()
     code8 = (code * torch.div(torch.full_like(largest, 127.0), largest)).round()
-    scale = element_scales(n * k, k, absmax, *nested, block, block_offset, block_stride)
+    scale = element_scales(n * k, k, run, block, block_offset, block_stride)
     w = (code8.double()[unpack(q, n * k, bits)] * scale.double()).view(n, k)
     factor = (x_absmax * torch.tensor(1 / 127, device=x.device)) * torch.div(largest, torch.full_like(largest, 127.0))
     y = (x.double() @ w.t()) * factor.double().view(*x.shape[:-1], 1)
@@ -274,13 +274,13 @@ def int8_samples(device: torch.device | str) -> Iterator[Sample]:
         x = (noise((m, k), i + 1000) * 50).clamp(-127, 127).to(torch.int8).to(device)
         bias = noise(n, i + 2000, dtype).to(device) if i % 2 else None
         absmax = (noise(m, i + 3000).abs() + 2).to(device)
-        numbers = (n, block, int(name[-1]), 0, 0, dtype)
-        yield Sample(case, (x, absmax, *run, bias, *numbers), **tolerance(dtype, k))
+        place = (n, block, int(name[-1]), 0, 0)
+        yield Sample(case, (x, absmax, *run, bias, *place, dtype), **tolerance(dtype, k))
     for case, part, n, k, numbers in shards():
         x = (noise((5, k), 3) * 50).clamp(-127, 127).to(torch.int8).to(device)
         absmax = (noise(5, 4).abs() + 2).to(device)
-        args = (x, absmax, *moved(part, device), None, n, *numbers, torch.float32)
-        yield Sample(case, args, **tolerance(torch.float32, k))
+        weight_run = moved(part, device)
+        yield Sample(case, (x, absmax, *weight_run, None, n, *numbers, torch.float32), **tolerance(torch.float32, k))
 
 
 OPS = (

@@ -1,4 +1,4 @@
-"""Prepacking: a backend's own layout of q for its products. The layout is the backend's; the reference's is q itself."""
+"""Prepacking: a backend's own layout of q for its products. The reference's layout is q itself."""
 
 from __future__ import annotations
 
