@@ -2,7 +2,16 @@
 #ifndef POLYBIT_CPU_SIMD_AVX512_H
 #define POLYBIT_CPU_SIMD_AVX512_H
 
+// GCC 12 warns of the undefined values inside its own intrinsics (GCC bug 105593).
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
 #include <immintrin.h>
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic pop
+#endif
 #include <stddef.h>
 #include <stdint.h>
 
@@ -50,7 +59,8 @@ inline __m256i narrow_bf16(F a) {
   const I x = as_int(a);
   const I odd = _mm512_and_si512(_mm512_srli_epi32(x, 16), set1i(1));
   const I r = _mm512_srli_epi32(_mm512_add_epi32(x, _mm512_add_epi32(odd, set1i(0x7fff))), 16);
-  return _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(r, _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q), set1i(0x7fc0)));
+  const I quiet = _mm512_or_si512(_mm512_srli_epi32(x, 16), set1i(0x40));
+  return _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(r, _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q), quiet));
 }
 inline F load_bf16(const uint16_t *p) { return widen_bf16(_mm256_loadu_si256((const __m256i *)p)); }
 inline F load_f16(const uint16_t *p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p)); }

@@ -1,0 +1,12 @@
+#include "simd_scalar.h"
+
+#include "kernels.inl"
+
+#include "pack.inl"
+
+#include "matmul_kbit.inl"
+
+#include "matmul_int8.inl"
+
+#define PB_CPU_VARIANT scalar
+#include "table.inl"
