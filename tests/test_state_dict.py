@@ -94,6 +94,13 @@ def test_checkpoint_functions_round_trip(format: str) -> None:
         assert torch.equal(again.dequantize(), q.dequantize())
 
 
+def test_is_quantized_knows_which_parameter_it_is() -> None:
+    for format in ("nf4", "int8"):
+        tensors = {**checkpoint.to_tensors(quantize(torch.randn(8, 64), format), "a.weight"), "a.bias": torch.zeros(8)}
+        assert checkpoint.is_quantized(tensors, "a.weight") and not checkpoint.is_quantized(tensors, "a.bias")
+        assert set(checkpoint.owned_keys(tensors, "a.weight")) == set(tensors) - {"a.bias"}
+
+
 def test_other_storage_dtype_is_the_same_bytes() -> None:
     q = quantize(torch.randn(16, 64), "nf4")
     tensors = checkpoint.to_tensors(q, "weight")

@@ -9,7 +9,8 @@ bitsandbytes' keys, generalised. For a parameter called P (as in "layer.weight")
     P.nested_quant_map   fp32 [256]        with double quantization
     P.quant_state.<owner>__<format>   uint8, the bytes of a JSON object; owner: bitsandbytes (nf4, fp4) or polybit
 
-int8: P int8 [N, K], SCB fp32 [N] and weight_format uint8 scalar 0 beside P (as in "layer.SCB").
+int8: P int8 [N, K], SCB fp32 [N] and weight_format uint8 scalar 0; they lie beside a P called weight (as in "layer.SCB"),
+below any other (as in "experts.up.SCB").
 """
 
 from __future__ import annotations
@@ -33,15 +34,16 @@ def _state_key(prefix: str, format: str) -> str:
     return f"{prefix}.quant_state.{owner}__{format}"
 
 
-def _beside(prefix: str, name: str) -> str:
-    head, dot, _ = prefix.rpartition(".")
-    return f"{head}{dot}{name}"
+def _int8_key(prefix: str, name: str) -> str:
+    # bitsandbytes puts the scales of "layer.weight" beside it; a parameter of another name may have siblings.
+    head, dot, last = prefix.rpartition(".")
+    return f"{head}{dot}{name}" if last == "weight" else f"{prefix}.{name}"
 
 
 def owned_keys(keys: Mapping[str, Any], prefix: str) -> list[str]:
     """Those of `keys` that belong to the quantized parameter `prefix`."""
-    beside = (_beside(prefix, "SCB"), _beside(prefix, "weight_format"))
-    return [key for key in keys if key == prefix or key.startswith(prefix + ".") or key in beside]
+    others = (_int8_key(prefix, "SCB"), _int8_key(prefix, "weight_format"))
+    return [key for key in keys if key == prefix or key.startswith(prefix + ".") or key in others]
 
 
 def is_quantized(tensors: Mapping[str, Any], prefix: str) -> bool:
@@ -55,7 +57,7 @@ def to_tensors(qtensor: QTensor, prefix: str) -> dict[str, Tensor]:
     q, absmax = qtensor.q.detach(), qtensor.absmax.detach()
     if format.kind == "int8":
         scalar = torch.zeros((), dtype=torch.uint8, device=q.device)
-        return {prefix: q, _beside(prefix, "SCB"): absmax, _beside(prefix, "weight_format"): scalar}
+        return {prefix: q, _int8_key(prefix, "SCB"): absmax, _int8_key(prefix, "weight_format"): scalar}
     assert qtensor.code is not None
     out = {prefix: q.reshape(-1, 1), f"{prefix}.absmax": absmax, f"{prefix}.quant_map": qtensor.code.detach()}
     state: dict[str, Any] = {
@@ -85,12 +87,12 @@ def from_tensors(
     """The QTensor that `to_tensors` (or, for nf4, fp4 and int8, bitsandbytes) wrote under `prefix`.
 
     It shares storage with `tensors` where it can. `device`: where to put it (default: where the codes are). `dtype`:
-    the logical dtype (default: the recorded one; int8 records none: fp32). Raises ValueError, naming the key, when an entry
-    is missing, surplus, or does not fit.
+    the logical dtype (default: the recorded one; int8 records none: fp32). Raises ValueError, naming the key, when an
+    entry is missing, surplus, or does not fit.
     """
     if prefix not in tensors:
         raise ValueError(f"checkpoint: {prefix} is missing")
-    if _beside(prefix, "SCB") in tensors:
+    if _int8_key(prefix, "SCB") in tensors:
         return _int8(tensors, prefix, device, dtype)
     key, format = _find_state(tensors, prefix)
     state = _read_json(tensors[key], key)
@@ -213,11 +215,12 @@ def _int8(
     if q.dtype != torch.int8 or q.dim() == 0:
         raise ValueError(f"checkpoint: {prefix} must be int8 with rows, got {q.dtype} {list(q.shape)}")
     rows = q.numel() // q.shape[-1] if q.shape[-1] else 0
-    absmax = _entry(tensors, _beside(prefix, "SCB"), torch.float32, rows)
-    layout = tensors.get(_beside(prefix, "weight_format"))
+    absmax = _entry(tensors, _int8_key(prefix, "SCB"), torch.float32, rows)
+    layout = tensors.get(_int8_key(prefix, "weight_format"))
     if layout is not None and (layout.numel() != 1 or (not layout.is_meta and int(layout) != 0)):
-        raise ValueError(f"checkpoint: {_beside(prefix, 'weight_format')} must be 0 (rows)")
-    if surplus := [key for key in owned_keys(tensors, prefix) if key.startswith(prefix + ".")]:
+        raise ValueError(f"checkpoint: {_int8_key(prefix, 'weight_format')} must be 0 (rows)")
+    expected = (prefix, _int8_key(prefix, "SCB"), _int8_key(prefix, "weight_format"))
+    if surplus := [key for key in owned_keys(tensors, prefix) if key not in expected]:
         raise ValueError(f"checkpoint: {prefix}: unexpected entry {surplus[0]}")
     device = q.device if device is None else device
     # int8 has no blocks; the field keeps the default so that two int8 tensors compare as the same layout.

@@ -69,7 +69,7 @@ def linear_int8(x: Tensor, weight: QTensor, bias: Tensor | None = None, *, thres
     x: fp32, fp16 or bf16 [..., K]; weight: an int8 QTensor [N, K]; bias [N] or None, rounded to x's dtype; threshold
     0: nothing is an outlier. Returns y [..., N] in x's dtype. Differentiable in x (its rounding taken as the identity)
     and bias.
-    Source: Dettmers et al., "LLM.int8()", 2022, section 3. Raises TypeError or ValueError when the arguments do not fit.
+    Source: Dettmers et al., "LLM.int8()", 2022, section 3. Raises TypeError or ValueError when arguments do not fit.
     """
     if weight.format.kind != "int8":
         raise ValueError(f"linear_int8: weight must be int8, got {weight.format_name}")

@@ -168,7 +168,7 @@ class QTensor(Tensor):
         dtype, format, block_size, search = meta
         return QTensor(**parts, shape=shape, dtype=dtype, format=format, block_size=block_size, search=search)
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         nested = ", double_quant" if self.double_quant else ""
         block = "" if self.format.kind == "int8" else f", block_size={self.block_size}"
         return f"QTensor({self.format_name}, {list(self.shape)}, {self.dtype}, device={self.device}{block}{nested})"
