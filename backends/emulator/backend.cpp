@@ -81,11 +81,12 @@ pb_status quantize_kbit4(pb_context *ctx, const pb_quantize_kbit_args *a, u32 wi
   const i64 n = element_count(a->x);
   if (n == 0) return PB_OK;
   const u32 block = static_cast<u32>(a->block), group = pb::kbit4_group(block);
+  const u32 block_log2 = static_cast<u32>(__builtin_ctz(block));
   const bool aligned = reinterpret_cast<uintptr_t>(x) % 16 == 0 && reinterpret_cast<uintptr_t>(q) % 4 == 0;
   const i64 per_group = i64(group) * pb::kbit4_values;
   return launch(ctx, "quantize_kbit", (n + per_group - 1) / per_group, group, width, [=] {
     PB_SHARED(pb::Kbit4Local, local);
-    pb::quantize_kbit4(pb::Wave(), local, x, thresholds, order, q, absmax, n, block, aligned);
+    pb::quantize_kbit4(pb::Wave(), local, x, thresholds, order, q, absmax, n, block_log2, aligned);
   });
 }
 

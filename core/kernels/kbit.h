@@ -29,20 +29,26 @@ struct Kbit4Local {
   u32 order[16];  // words, so that lanes with different ranks meet no bank twice
 };
 
+// By value, as every private struct: Metal wants an address space on each reference.
+struct Kbit4Thresholds {
+  float t[15];
+};
+
 // The rank among 15 thresholds that lie in registers: 4 compares and 11 selects, nothing indexed by a variable.
-PB_FN u32 kbit4_rank(const float (&t)[15], float s) {
-  const bool b3 = s > t[7];
-  const bool b2 = s > (b3 ? t[11] : t[3]);
-  const bool b1 = s > (b3 ? (b2 ? t[13] : t[9]) : (b2 ? t[5] : t[1]));
-  const float high = b2 ? (b1 ? t[14] : t[12]) : (b1 ? t[10] : t[8]);
-  const float low = b2 ? (b1 ? t[6] : t[4]) : (b1 ? t[2] : t[0]);
+PB_FN u32 kbit4_rank(Kbit4Thresholds r, float s) {
+  const bool b3 = s > r.t[7];
+  const bool b2 = s > (b3 ? r.t[11] : r.t[3]);
+  const bool b1 = s > (b3 ? (b2 ? r.t[13] : r.t[9]) : (b2 ? r.t[5] : r.t[1]));
+  const float high = b2 ? (b1 ? r.t[14] : r.t[12]) : (b1 ? r.t[10] : r.t[8]);
+  const float low = b2 ? (b1 ? r.t[6] : r.t[4]) : (b1 ? r.t[2] : r.t[0]);
   return (u32(b3) << 3) | (u32(b2) << 2) | (u32(b1) << 1) | u32(s > (b3 ? high : low));
 }
 
-// One thread per 8 of the n values, groups of kbit4_group(block). aligned: x to 16 bytes and q to 4.
+// One thread per 8 of the n values, groups of kbit4_group(block). The block comes as its logarithm, because a GPU has
+// no instruction to divide by it. aligned: x to 16 bytes and q to 4.
 template <class T>
 PB_FN void quantize_kbit4(Wave w, PB_LOCAL Kbit4Local *local, PB_GLOBAL const T *x, PB_GLOBAL const float *thresholds,
-                          PB_GLOBAL const u8 *order, PB_GLOBAL u8 *q, PB_GLOBAL float *absmax, i64 n, u32 block,
+                          PB_GLOBAL const u8 *order, PB_GLOBAL u8 *q, PB_GLOBAL float *absmax, i64 n, u32 block_log2,
                           bool aligned) {
   const i64 first = (i64(w.group()) * w.group_dim() + w.tid()) * kbit4_values;
   const bool whole = first + kbit4_values <= n;
@@ -58,25 +64,26 @@ PB_FN void quantize_kbit4(Wave w, PB_LOCAL Kbit4Local *local, PB_GLOBAL const T 
   u32 bits = 0;
   PB_UNROLL
   for (u32 k = 0; k < kbit4_values; k++) bits = max_u32(bits, magnitude_bits(values.v[k]));
-  const u32 lanes = block / kbit4_values, waves = lanes / w.width();  // waves: 0 or 1 if a wave holds a whole block
+  const u32 lanes_log2 = block_log2 - 3u, lanes = 1u << lanes_log2;
+  const u32 waves = lanes / w.width();  // of one block; 0 or 1 if a wave holds whole blocks
   bits = lanes_max(w, bits, waves ? w.width() : lanes);
   if (w.lane() == 0) local->wave_max[w.tid() / w.width()] = bits;
   if (w.tid() < 15) local->thresholds[w.tid()] = thresholds[w.tid()];
   if (w.tid() < 16) local->order[w.tid()] = order[w.tid()];
   w.barrier();
-  const u32 start = w.tid() / lanes * waves;  // the first wave of this block
+  const u32 start = (w.tid() >> lanes_log2) * waves;  // the first wave of this block
   for (u32 k = 0; k < waves; k++) bits = max_u32(bits, local->wave_max[start + k]);
 
   // Scale and encode. What lies behind the end counts as 0 here, also in a block whose absmax is NaN.
-  float t[15];
+  Kbit4Thresholds ranks;
   PB_UNROLL
-  for (u32 k = 0; k < 15; k++) t[k] = local->thresholds[k];
+  for (u32 k = 0; k < 15; k++) ranks.t[k] = local->thresholds[k];
   const float inverse = inverse_absmax(bits);
   u32 word = 0;
   PB_UNROLL
   for (u32 k = 0; k < kbit4_values; k++) {
     const float s = first + k < n ? values.v[k] * inverse : 0.0f;
-    word |= local->order[kbit4_rank(t, s)] << packed_shift(k, 4);
+    word |= local->order[kbit4_rank(ranks, s)] << packed_shift(k, 4);
   }
 
   if (whole && aligned) {
@@ -86,7 +93,7 @@ PB_FN void quantize_kbit4(Wave w, PB_LOCAL Kbit4Local *local, PB_GLOBAL const T 
     for (u32 k = 0; k < kbit4_values / 2; k++)
       if (first + 2 * k < n) q[first / 2 + k] = u8(word >> (8 * k));
   }
-  if (first < n && first % block == 0) absmax[first / block] = stored_absmax(bits);
+  if (first < n && (w.tid() & (lanes - 1u)) == 0) absmax[first >> block_log2] = stored_absmax(bits);
 }
 
 }  // namespace pb

@@ -31,14 +31,5 @@ PB_FN u32 rank_of(Values thresholds, u32 count, float s) {
   return rank;
 }
 
-// The same for exactly 15 thresholds, in four steps; a NaN fails every step. Not for thresholds that are not ascending.
-template <class Values>
-PB_FN u32 rank_of_15(Values thresholds, float s) {
-  u32 rank = s > thresholds[7] ? 8u : 0u;
-  rank += s > thresholds[rank + 3u] ? 4u : 0u;
-  rank += s > thresholds[rank + 1u] ? 2u : 0u;
-  return rank + (s > thresholds[rank] ? 1u : 0u);
-}
-
 }  // namespace pb
 #endif

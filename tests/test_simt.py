@@ -1,0 +1,209 @@
+"""The kernels written once: on the emulator, under sanitizers, compiled by nvcc, type-checked as Metal."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from tools import require_tool, run_python
+
+import polybit
+from polybit.backends import list_backends
+from polybit.spec import OPS
+
+ROOT = Path(__file__).parent.parent
+SOURCES = ROOT / "tests" / "simt"
+EMULATOR = ROOT / "backends" / "emulator"
+ORDERS = ("ascending", "descending", "shuffled:7")
+WIDTHS = (16, 32, 64)
+ENTRIES = ("quantize_kbit4_fp32", "quantize_kbit4_fp16", "quantize_kbit4_bf16")
+ARCHITECTURES = (75, 90, 120)
+
+
+def execute(*command: str | Path, **env: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [str(part) for part in command],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **env},
+        cwd=SOURCES,
+        timeout=300,
+        check=False,
+    )
+
+
+def build(folder: Path, name: str, *flags: str) -> Path:
+    """Compile tests/simt/<name>.cpp with the emulator's own sources."""
+    (folder / "polybit_abi.h").write_text("#define PB_ABI 1ull\n")
+    program = folder / name
+    sources = [SOURCES / f"{name}.cpp", *sorted(EMULATOR.glob("*.cpp"))]
+    compiler = require_tool("g++", "c++", "clang++")
+    flags = ("-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-ffp-contract=off", *flags)
+    done = execute(compiler, *flags, f"-I{folder}", f"-I{ROOT / 'core'}", *sources, "-o", program)
+    assert done.returncode == 0, done.stderr
+    return program
+
+
+@pytest.fixture(scope="module")
+def emulator(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build(tmp_path_factory.mktemp("emulator"), "emulator")
+
+
+@pytest.fixture(scope="module")
+def misuse(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build(tmp_path_factory.mktemp("misuse"), "misuse")
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_emulator_matches_the_numerics(emulator: Path, order: str) -> None:
+    done = execute(emulator, POLYBIT_EMULATOR_ORDER=order)
+    assert (done.returncode, done.stdout) == (0, "2430 cases, 0 wrong\n")
+
+
+def test_an_unknown_order_is_refused(emulator: Path) -> None:
+    done = execute(emulator, POLYBIT_EMULATOR_ORDER="sideways")
+    assert done.returncode == 1
+    assert "POLYBIT_EMULATOR_ORDER: got 'sideways', wanted ascending" in done.stdout
+
+
+def test_missing_barriers_are_noticed(tmp_path: Path) -> None:
+    program = build(tmp_path, "emulator", "-DPB_MUTATE_NO_BARRIER")
+    for order in ORDERS:
+        done = execute(program, POLYBIT_EMULATOR_ORDER=order)
+        match = re.search(r"2430 cases, (\d+) wrong", done.stdout)
+        assert done.returncode == 1 and match and int(match[1]) > 1000, done.stdout
+
+
+def test_emulator_under_sanitizers(tmp_path: Path) -> None:
+    program = build(tmp_path, "emulator", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+    done = execute(program, POLYBIT_EMULATOR_ORDER="shuffled")
+    assert (done.returncode, done.stdout) == (0, "2430 cases, 0 wrong\n"), done.stderr
+
+
+MISUSE = {
+    "correct": r"nothing",
+    "exit_before_barrier": r"divergent barrier: thread \d+ at misuse\.cpp:\d+, (thread 3 has|others have) left",
+    "two_barriers": r"divergent barrier: thread \d+ at misuse\.cpp:(\d+), thread \d+ at misuse\.cpp:(?!\1)\d+ ",
+    "barrier_against_shuffle": r"deadlock: thread 5 at misuse\.cpp:\d+ waits in a barrier, thread \d+ at misuse\.cpp",
+    "mixed_collectives": r"mixed collectives: thread \d+ at misuse\.cpp:(\d+), thread \d+ at misuse\.cpp:(?!\1)\d+ ",
+    "mixed_masks": r"mixed collectives: thread \d+ at misuse\.cpp:\d+, thread \d+ at misuse\.cpp:\d+ ",
+    "exit_before_shuffle": r"divergent collective: thread \d+ at misuse\.cpp:\d+, thread \d+ has left the kernel",
+    "mask_too_wide": r"shuffle_xor: a mask beyond the wave: thread \d+ at misuse\.cpp:\d+",
+    "unaligned": r"an access of 16 bytes is not aligned: thread \d+ at misuse\.cpp:\d+",
+    "too_much_memory": r"group memory: 32769 bytes, at most 32768",
+}
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_misuse_is_reported_with_its_place(misuse: Path, order: str) -> None:
+    done = execute(misuse, order)
+    assert done.returncode == 0, done.stderr
+    said = {}
+    for line in done.stdout.splitlines():
+        name, lanes, text = line.split(" ", 2)
+        said[name, int(lanes)] = text
+    assert set(said) == {(name, width) for name in MISUSE for width in WIDTHS}
+    for (name, width), text in said.items():
+        assert re.match(MISUSE[name], text), f"{name} {width}: {text}"
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_nvcc_compiles_without_spills_and_with_wide_loads(tmp_path: Path, architecture: int) -> None:
+    nvcc = require_tool("nvcc")
+    flags = ("-std=c++17", f"-arch=sm_{architecture}", "-fmad=false", "-Werror", "all-warnings", SOURCES / "kbit.cu")
+    cubin = execute(nvcc, *flags, "-Xptxas", "-v", "-cubin", "-o", tmp_path / "kbit.cubin")
+    assert cubin.returncode == 0, cubin.stderr
+    spills = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", cubin.stderr)
+    assert spills == [("0", "0", "0")] * len(ENTRIES), cubin.stderr
+
+    ptx = execute(nvcc, *flags, "-ptx", "-o", tmp_path / "kbit.ptx")
+    assert ptx.returncode == 0, ptx.stderr
+    entries = dict(re.findall(r"\.entry (\w+)\((.*?)(?=\.visible|\Z)", (tmp_path / "kbit.ptx").read_text(), re.S))
+    assert set(entries) == set(ENTRIES)
+    for name, body in entries.items():
+        assert len(re.findall(r"ld\.global(\.nc)?\.v4\.(u32|b32|f32)", body)) == (2 if name.endswith("fp32") else 1)
+        assert re.findall(r"\bdiv\.\S+", body) == ["div.rn.f32"]
+        assert not re.search(r"\bfma\.|\bmad\.\S*f32|\.ftz|\.approx", body)
+
+
+def metal_check(*flags: str) -> subprocess.CompletedProcess[str]:
+    clang = require_tool("clang++", *(f"clang++-{version}" for version in range(22, 13, -1)))
+    warnings = ("-Wall", "-Wextra", "-Werror", "-pedantic-errors", "-Wno-unknown-attributes", "-Wno-unused-function")
+    return execute(clang, "-x", "c++", "-std=c++14", "-fsyntax-only", *warnings, "-Ishim", *flags, "kbit.metal")
+
+
+def test_metal_type_check() -> None:
+    done = metal_check()
+    assert done.returncode == 0, done.stderr
+
+
+def test_metal_type_check_refuses_a_wrong_address_space() -> None:
+    done = metal_check("-DMUTATE_ADDRESS_SPACE")
+    assert done.returncode != 0
+    refusal = "cannot initialize a variable of type 'threadgroup float *' with an lvalue of type 'device float *'"
+    assert refusal in done.stderr
+
+
+def require_emulator() -> None:
+    with polybit.backend("emulator:32"):  # the family is looked for only when it is named
+        names = [info.name for info in list_backends() if info.usable]
+    assert {f"emulator:{width}" for width in WIDTHS} <= set(names), names
+
+
+def codebook(seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """16 values by stored code, in a shuffled order of codes, with their midpoints."""
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.linspace(-1.0, 1.0, 16).pow(3)
+    order = torch.randperm(16, generator=generator)
+    code = torch.empty(16)
+    code[order] = values
+    return code, (values[1:] + values[:-1]) * 0.5, order.to(torch.uint8)
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float16, torch.bfloat16))
+def test_emulator_equals_cpu(width: int, dtype: torch.dtype) -> None:
+    require_emulator()
+    code, thresholds, order = codebook(width)
+    torch.manual_seed(0)
+    for block in (16, 64, 128, 256, 512, 1024, 4096):
+        for count in (0, 1, 17, block, 3 * block + 5, 20000):
+            x = torch.randn(count).to(dtype)
+            if count > 2 * block:
+                x[:block] = 0
+                x[block + 3] = float("nan")
+            args = (x, code, thresholds, order, block, 4, 0)
+            want = OPS["quantize_kbit"].reference(*args)
+            for name in ("cpu", f"emulator:{width}"):
+                with polybit.backend(name):
+                    q, absmax = torch.ops.polybit.quantize_kbit(*args)
+                    assert (polybit.backends.last_backend() or "").startswith(name)
+                assert torch.equal(q, want[0]), (name, block, count)
+                assert torch.equal(absmax.view(torch.int32), want[1].view(torch.int32)), (name, block, count)
+
+
+def test_the_emulator_refuses_what_it_lacks() -> None:
+    require_emulator()
+    with polybit.backend("emulator:32"):
+        assert polybit.backends.resolve("quantize_kbit").owner == "emulator:32"
+    code_run = """
+import polybit, torch
+grid = torch.linspace(-1, 1, 4)
+x = torch.randn(64)
+order = torch.arange(4, dtype=torch.uint8)
+try:
+    torch.ops.polybit.quantize_kbit(x, grid, (grid[1:] + grid[:-1]) / 2, order, 64, 2, 0)
+except polybit.BackendError as error:
+    print(error)
+"""
+    done = run_python(code_run, POLYBIT_BACKEND="emulator:32", POLYBIT_FALLBACK="error")
+    assert "bits must be 4, got 2" in done.stdout, done.stdout + done.stderr
+
+
+def test_the_emulator_is_never_chosen_by_itself() -> None:
+    done = run_python("import polybit; print(polybit.backends.resolve('quantize_kbit').owner)")
+    assert done.stdout.startswith("cpu:"), done.stdout
