@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import subprocess
 from pathlib import Path
 
@@ -100,21 +99,23 @@ def test_requires_grad(variant: str) -> None:
 
 
 def test_lists(variant: str) -> None:
-    xs = [torch.arange(n, dtype=torch.float32)[1:] for n in (1, 5, 100)] + [torch.ones(6, 6).t()]
+    xs = [torch.arange(n, dtype=torch.float32)[1:] for n in (1, 5, 100)]
     sums = torch.ops.polybit.sum_squares_multi(xs)
     assert torch.equal(sums, torch.tensor([float((x.double() ** 2).sum()) for x in xs]))
     torch.ops.polybit.scale_multi(xs, torch.tensor([2.0]))
     assert xs[1].tolist() == [2.0, 4.0, 6.0, 8.0]
-    assert torch.equal(xs[3], torch.full((6, 6), 2.0))
+    assert last_backend() != "reference"
 
 
-def test_list_members_that_are_strided_views_are_changed_in_place(variant: str) -> None:
+def test_strided_views_are_changed_in_place(variant: str) -> None:
+    """A kernel never sees them: the reference changes them, and nothing beside them."""
     base = torch.ones(4, 6)
-    torch.ops.polybit.scale_multi([base[:, ::2]], torch.tensor([3.0]))
+    with polybit.backend(variant, fallback="silent"):
+        torch.ops.polybit.scale_multi([base[:, ::2]], torch.tensor([3.0]))
     assert base.tolist() == [[3.0, 1.0, 3.0, 1.0, 3.0, 1.0]] * 4
 
 
 def test_the_wrong_device_is_refused() -> None:
     x = torch.randn(64)
-    with pytest.raises((RuntimeError, ValueError), match=re.compile("device", re.IGNORECASE)):
+    with pytest.raises((RuntimeError, ValueError), match="code must be on cpu, got meta"):
         torch.ops.polybit.quantize_blockwise(x, CODE.to("meta"), 64)
