@@ -16,10 +16,16 @@ namespace {
 
 enum Feature { FMA, F16C, AVX2, AVX512F, AVX512BW, AVX512VL, AVX512VNNI, AVX512BF16, YMM_STATE, ZMM_STATE, FEATURES };
 
-const char *const feature_names[FEATURES] = {
-    "FMA",        "F16C",        "AVX2",       "AVX512F",
-    "AVX512BW",   "AVX512VL",    "AVX512VNNI", "AVX512BF16",
-    "256-bit registers saved by the operating system", "512-bit registers saved by the operating system"};
+const char *const feature_names[FEATURES] = {"FMA",
+                                             "F16C",
+                                             "AVX2",
+                                             "AVX512F",
+                                             "AVX512BW",
+                                             "AVX512VL",
+                                             "AVX512VNNI",
+                                             "AVX512BF16",
+                                             "256-bit registers saved by the operating system",
+                                             "512-bit registers saved by the operating system"};
 
 struct Cpu {
   bool has[FEATURES] = {};

@@ -2,11 +2,5 @@
 
 #include "kernels.inl"
 
-#include "pack.inl"
-
-#include "matmul_kbit.inl"
-
-#include "matmul_int8.inl"
-
 #define PB_CPU_VARIANT avx512
 #include "table.inl"

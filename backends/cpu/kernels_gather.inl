@@ -16,7 +16,15 @@ inline Indices indices(const DLTensor *t) {
 inline pb_status check_indices(pb_context *ctx, const char *op, const Indices &index, int64_t count, int64_t n) {
   for (int64_t i = 0; i < count; i++)
     if (index[i] < 0 || index[i] >= n) {
-      Message(ctx).text(op).text(": index ").number(index[i]).text(" at position ").number(i).text(" is out of range for ").number(n).text(" rows");
+      Message(ctx)
+          .text(op)
+          .text(": index ")
+          .number(index[i])
+          .text(" at position ")
+          .number(i)
+          .text(" is out of range for ")
+          .number(n)
+          .text(" rows");
       return PB_BAD_INDEX;
     }
   return PB_OK;

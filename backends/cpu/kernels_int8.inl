@@ -4,8 +4,8 @@ namespace {
 
 // Marks the columns of [begin, end) that hold an outlier in any row.
 template <class D>
-inline void mark_outliers(D, const typename D::type *x, int64_t rows, int64_t k, int64_t begin, int64_t end, float threshold,
-                          uint8_t *outlier) {
+inline void mark_outliers(D, const typename D::type *x, int64_t rows, int64_t k, int64_t begin, int64_t end,
+                          float threshold, uint8_t *outlier) {
   const simd::F limit = simd::set1(threshold);
   for (int64_t c = begin; c < end; c++) outlier[c] = 0;
   for (int64_t r = 0; r < rows; r++) {
@@ -54,8 +54,8 @@ inline void quantize_row(D, const typename D::type *row, int64_t k, float r, con
 
 // Shared with linear_int8. x is [rows, k]; outlier is [k] and always written.
 template <class D>
-inline void quantize_int8_rows(pb_context *ctx, D dtype, const typename D::type *x, int64_t rows, int64_t k, float threshold,
-                               int8_t *q, float *absmax, uint8_t *outlier) {
+inline void quantize_int8_rows(pb_context *ctx, D dtype, const typename D::type *x, int64_t rows, int64_t k,
+                               float threshold, int8_t *q, float *absmax, uint8_t *outlier) {
   const bool skip = threshold > 0.0f;
   if (skip) {
     // Columns are split among threads, not rows: no two threads write one flag.

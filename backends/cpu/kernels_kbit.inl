@@ -103,7 +103,8 @@ inline float search_scale(const KbitCode &code, const SearchBlock &s) {
 
 // One block of n values; returns what to store as absmax.
 template <int BITS>
-inline float quantize_kbit_block(const KbitCode &code, const float *x, int64_t n, bool search, uint8_t zero, uint8_t *q) {
+inline float quantize_kbit_block(const KbitCode &code, const float *x, int64_t n, bool search, uint8_t zero,
+                                 uint8_t *q) {
   uint32_t bits = absmax_bits(x, n);
   if (search && !pb::is_zero_block(bits) && bits < 0x7f800000u) {
     const SearchBlock block(x, n, pb::inverse_absmax(bits));

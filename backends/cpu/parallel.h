@@ -64,7 +64,13 @@ struct Message {
 };
 
 inline pb_status unsupported_dtype(pb_context *ctx, const char *op, const DLTensor *t) {
-  Message(ctx).text(op).text(": dtype code ").number(t->dtype.code).text(" with ").number(t->dtype.bits).text(" bits; wanted fp32, fp16 or bf16");
+  Message(ctx)
+      .text(op)
+      .text(": dtype code ")
+      .number(t->dtype.code)
+      .text(" with ")
+      .number(t->dtype.bits)
+      .text(" bits; wanted fp32, fp16 or bf16");
   return PB_UNSUPPORTED;
 }
 

@@ -41,7 +41,8 @@ inline float tree_sum_of(int64_t n, const Leaf &leaf) {
   return simd::reduce_add(sum);
 }
 
-// The tree sum of map(x[i]) over a whole tensor. Aligned chunks of a power of two are subtrees, so threads may take them.
+// The tree sum of map(x[i]) over a whole tensor. Aligned chunks of a power of two are subtrees, so threads may take
+// them.
 template <class D, class Map>
 inline float tree_sum(pb_context *ctx, D, const typename D::type *x, int64_t n, const Map &map) {
   enum { most = 1024 };

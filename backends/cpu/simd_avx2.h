@@ -62,7 +62,9 @@ inline void store_bf16(uint16_t *p, F a) {
   r = _mm256_blendv_epi8(r, quiet, nan);
   _mm_storeu_si128((__m128i *)p, _mm_packus_epi32(_mm256_castsi256_si128(r), _mm256_extracti128_si256(r, 1)));
 }
-inline void store_f16(uint16_t *p, F a) { _mm_storeu_si128((__m128i *)p, _mm256_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT)); }
+inline void store_f16(uint16_t *p, F a) {
+  _mm_storeu_si128((__m128i *)p, _mm256_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT));
+}
 
 // A partial access of a narrow type goes through a buffer: AVX2 masks only 32- and 64-bit elements.
 template <class T>

@@ -67,7 +67,9 @@ inline F load_f16(const uint16_t *p) { return _mm512_cvtph_ps(_mm256_loadu_si256
 inline F load_bf16_n(const uint16_t *p, int n) { return widen_bf16(_mm256_maskz_loadu_epi16(first(n), p)); }
 inline F load_f16_n(const uint16_t *p, int n) { return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first(n), p)); }
 inline void store_bf16(uint16_t *p, F a) { _mm256_storeu_si256((__m256i *)p, narrow_bf16(a)); }
-inline void store_f16(uint16_t *p, F a) { _mm256_storeu_si256((__m256i *)p, _mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT)); }
+inline void store_f16(uint16_t *p, F a) {
+  _mm256_storeu_si256((__m256i *)p, _mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT));
+}
 inline void store_bf16_n(uint16_t *p, F a, int n) { _mm256_mask_storeu_epi16(p, first(n), narrow_bf16(a)); }
 inline void store_f16_n(uint16_t *p, F a, int n) {
   _mm256_mask_storeu_epi16(p, first(n), _mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT));

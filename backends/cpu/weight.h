@@ -42,7 +42,8 @@ struct KbitWeight {
 
   // emit(offset, F) for each whole vector and emit1(offset, float) for each single value of the range.
   template <int BITS, class Emit, class Emit1>
-  inline __attribute__((always_inline)) void walk(int64_t start, int64_t count, const Emit &emit, const Emit1 &emit1) const {
+  inline __attribute__((always_inline)) void walk(int64_t start, int64_t count, const Emit &emit,
+                                                  const Emit1 &emit1) const {
     const simd::Table16 table = simd::table16(code);
     int64_t i = start;
     const int64_t end = start + count;
