@@ -1,0 +1,109 @@
+"""Every op on every usable backend against the specification."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+
+import polybit
+from polybit import spec
+from polybit.backends import list_backends, resolve
+from polybit.testing import check, compare
+
+BACKENDS = [info.name for info in list_backends() if info.usable and info.device_type == "cpu"]
+# Variants whose table is whole; the others hold what they do better and inherit the rest.
+WHOLE = ("cpu:scalar", "cpu:avx2", "cpu:avx512")
+# The layout of a packed weight is a variant's own affair; to have none is allowed.
+OPTIONAL = ("pack_size_kbit", "pack_kbit", "unpack_kbit")
+
+
+@pytest.mark.parametrize("op", spec.OPS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_samples(op: str, backend: str) -> None:
+    result = check(op, backend)
+
+    if result.kind == "reference":
+        assert backend.startswith("emulator"), f"{backend} has no {op} and inherits none"
+        assert result.samples == 0
+        return
+    if backend in WHOLE and op not in OPTIONAL:
+        assert result.kind == "native"
+    assert result.samples > 0
+    result.raise_failures()
+
+
+def test_there_is_a_scalar_backend() -> None:
+    assert "cpu:scalar" in BACKENDS
+
+
+@pytest.mark.parametrize("op", spec.OPS)
+def test_opcheck(op: str) -> None:
+    """torch's own check of the schema, the fake kernel and the behaviour under tracing, on a few samples."""
+    samples = list(spec.OPS[op].samples("cpu"))
+    overload = getattr(torch.ops.polybit, op).default
+    tests = ("test_schema", "test_faketensor")
+    for sample in samples[:: max(1, len(samples) // 3)]:
+        torch.library.opcheck(overload, sample.args, test_utils=tests)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_threads(backend: str) -> None:
+    """Several Python threads at once, each with its own backend forced, get the answers of one."""
+    ops = ("quantize_kbit", "matmul_kbit", "linear_int8", "gather_kbit")
+    failures: list[str] = []
+
+    def work(op: str) -> None:
+        try:
+            with polybit.backend(backend, fallback="error"):
+                if resolve(op).kind == "reference":
+                    return
+                for sample in list(spec.OPS[op].samples("cpu"))[::7]:
+                    out = getattr(torch.ops.polybit, op)(*sample.args)
+                    outs = (out,) if isinstance(out, torch.Tensor) else out
+                    problem = compare(outs, spec.OPS[op].reference(*sample.args), sample, False)
+                    if problem:
+                        failures.append(f"{op} {sample.id}: {problem}")
+        except Exception as error:
+            failures.append(f"{op}: {error!r}")
+
+    threads = [threading.Thread(target=work, args=(op,)) for op in ops * 2]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failures == []
+
+
+@pytest.mark.parametrize("op", ["gather_kbit", "gather_int8"])
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if name.startswith("cpu:")])
+@pytest.mark.parametrize("bad", [-1, 1 << 40, 10])
+def test_index_out_of_range(op: str, backend: str, bad: int) -> None:
+    sample = next(iter(spec.OPS[op].samples("cpu")))
+    index = torch.tensor([0, bad, 1])
+    with polybit.backend(backend, fallback="error"), pytest.raises(IndexError, match=op):
+        getattr(torch.ops.polybit, op)(index, *sample.args[1:])
+
+
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if name.startswith("cpu:")])
+def test_results_do_not_depend_on_the_number_of_threads(backend: str) -> None:
+    x = torch.randn(37, 1024, generator=torch.Generator().manual_seed(1))
+    w = torch.randn(301, 1024, generator=torch.Generator().manual_seed(2))
+    code, thresholds, order = spec.codebooks.nf4()
+    before = torch.get_num_threads()
+    results = []
+    try:
+        with polybit.backend(backend, fallback="error"):
+            for threads in (1, 2, 3):
+                torch.set_num_threads(threads)
+                q, absmax = torch.ops.polybit.quantize_kbit(w, code, thresholds, order, 64, 4, 1)
+                y = torch.ops.polybit.matmul_kbit(x, q, absmax, code, None, None, None, None, None, 301, 64, 4, 0, 0)
+                dx = torch.ops.polybit.matmul_kbit_transposed(y, q, absmax, code, None, None, None, 1024, 64, 4, 0, 0)
+                (norm,) = torch.ops.polybit.sum_squares_multi([w])
+                results.append((q, absmax, y, dx, norm))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        for a, b in zip(results[0], other):
+            assert torch.equal(a, b)
