@@ -162,6 +162,40 @@ def test_compile_of_a_model() -> None:
         torch.testing.assert_close(compiled(x), model(x))
 
 
+def test_a_compiled_or_exported_layer_can_still_be_cast_and_moved() -> None:
+    layer, x = Linear4bit(64, 32), randn(5, 64)
+    wanted, before = layer(x), layer.weight.dequantize()
+    torch.testing.assert_close(torch.compile(layer, fullgraph=True, backend="aot_eager")(x), wanted)
+    torch.testing.assert_close(torch.export.export(layer, (x,)).module()(x), wanted)
+    assert torch.equal(layer.half().float().weight.dequantize(), before)
+    assert list(dict(layer.named_parameters())) == ["weight", "bias"]
+    state = {key: value.clone() for key, value in layer.state_dict().items()}
+    layer.to_empty(device="cpu").load_state_dict(state)
+    assert torch.equal(layer.weight.dequantize(), before)
+    assert layer.to("meta").weight.q.is_meta
+
+
+def test_share_memory() -> None:
+    layer, x = Linear4bit(64, 32), randn(5, 64)
+    wanted = layer(x)
+    assert not layer.weight.is_shared()
+    assert layer.share_memory().weight.is_shared()
+    assert torch.equal(layer(x), wanted)
+
+
+@pytest.mark.parametrize("op", ["matmul_kbit", "linear_int8"])
+def test_opcheck_with_gradients(op: str) -> None:
+    x, bias = randn(3, 64).requires_grad_(), randn(8).requires_grad_()
+    if op == "matmul_kbit":
+        weight = Linear4bit(64, 8).weight
+        args = (x, *weight.operands(), bias, None, 8, 64, 4, 0, 0)
+    else:
+        weight = Linear8bit(64, 8).weight
+        args = (x, weight.q, weight.absmax, bias, 6.0)
+    result = torch.library.opcheck(getattr(torch.ops.polybit, op).default, args)
+    assert set(result.values()) == {"SUCCESS"} and len(result) == 4
+
+
 def test_training_under_compile() -> None:
     model, x = quantize_(Model(), "nf4"), randn(5, 64).requires_grad_()
     model(x).square().sum().backward()

@@ -9,8 +9,8 @@ bitsandbytes' keys, generalised. For a parameter called P (as in "layer.weight")
     P.nested_quant_map   fp32 [256]        with double quantization
     P.quant_state.<owner>__<format>   uint8, the bytes of a JSON object; owner: bitsandbytes (nf4, fp4) or polybit
 
-int8: P int8 [N, K], SCB fp32 [N] and weight_format uint8 scalar 0; they lie beside a P called weight (as in "layer.SCB"),
-below any other (as in "experts.up.SCB").
+int8: P int8 [N, K], SCB fp32 [N] and weight_format uint8 scalar 0; beside a P called weight (as in "layer.SCB"), below
+any other (as in "experts.up.SCB").
 """
 
 from __future__ import annotations

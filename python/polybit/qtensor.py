@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -46,6 +47,7 @@ class QTensor(Tensor):
     nested_absmax, nested_code, nested_offset   what restores a uint8 absmax, else None
 
     Operations that do not know it see the restored value; operations in place change that value and quantize it again.
+    A view (`w[0]`, `w.t()`) is therefore a plain copy: what is written to it does not reach the QTensor.
     A change of floating dtype changes the logical dtype and nothing stored.
     """
 
@@ -167,6 +169,22 @@ class QTensor(Tensor):
     def __tensor_unflatten__(parts: dict[str, Tensor], meta: tuple[Any, ...], shape: Any, stride: Any) -> QTensor:
         dtype, format, block_size, search = meta
         return QTensor(**parts, shape=shape, dtype=dtype, format=format, block_size=block_size, search=search)
+
+    def share_memory_(self) -> QTensor:
+        """Move the inner tensors to shared memory. The wrapper itself has no storage that could be shared."""
+        for inner in self.inner_tensors().values():
+            inner.share_memory_()  # type: ignore[no-untyped-call]
+        return self
+
+    def is_shared(self) -> bool:
+        """Whether the inner tensors are in shared memory."""
+        return all(bool(inner.is_shared()) for inner in self.inner_tensors().values())  # type: ignore[no-untyped-call]
+
+    def _stable_hash_for_caching(self) -> str:
+        """What torch.compile keys its disk cache by: everything that a trace may depend on, no stored value."""
+        inner = [(n, tuple(t.shape), t.stride(), t.dtype, t.device) for n, t in self.inner_tensors().items()]
+        description = (self.__tensor_flatten__()[1], self.bits, tuple(self.shape), self.requires_grad, inner)
+        return hashlib.sha256(repr(description).encode()).hexdigest()
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         nested = ", double_quant" if self.double_quant else ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
 import torch
@@ -31,6 +32,18 @@ class QuantizedLinear(nn.Module):
         self.out_features, self.in_features = weight.shape
         self.register_parameter("weight", nn.Parameter(quantized, requires_grad=False))
         self.register_parameter("bias", bias)
+
+    def _apply(self: Self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        # torch moves or casts a wrapper parameter by swapping it, which fails once torch.compile or torch.export has
+        # seen it (they keep weak references). Nothing trains the weight, so it gets a new Parameter instead.
+        weight = self.weight
+        self._parameters["weight"] = None
+        try:
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+            weight = cast(QTensor, nn.Parameter(fn(weight.detach()), requires_grad=False))
+        finally:
+            self._parameters["weight"] = cast(nn.Parameter, weight)
+        return self
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
