@@ -1,4 +1,4 @@
-"""The kernels written once: on the emulator, under sanitizers, compiled by nvcc, type-checked as Metal."""
+"""The kernels written once: on the emulator, under sanitizers, compiled by nvcc and clang, type-checked as Metal."""
 
 from __future__ import annotations
 
@@ -130,8 +130,26 @@ def test_nvcc_compiles_without_spills_and_with_wide_loads(tmp_path: Path, archit
         assert not re.search(r"\bfma\.|\bmad\.\S*f32|\.ftz|\.approx", body)
 
 
+def require_clang() -> str:
+    return require_tool("clang++", *(f"clang++-{version}" for version in range(22, 13, -1)))
+
+
+@pytest.mark.parametrize(("architecture", "width"), (("gfx90a", 64), ("gfx1030", 32)))
+def test_clang_compiles_for_amd_without_spills_and_with_wide_loads(
+    tmp_path: Path, architecture: str, width: int
+) -> None:
+    target = ("-x", "hip", "--cuda-device-only", f"--offload-arch={architecture}", "-nogpuinc", "-nogpulib")
+    flags = ("-std=c++17", "-O3", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror", "-S")
+    done = execute(require_clang(), *target, *flags, SOURCES / "kbit.cu", "-o", tmp_path / "kbit.s")
+    assert done.returncode == 0, done.stderr
+    text = (tmp_path / "kbit.s").read_text()
+    for field, value in (("vgpr_spill_count", 0), ("sgpr_spill_count", 0), ("wavefront_size", width)):
+        assert re.findall(rf"\.{field}: +(\d+)", text) == [str(value)] * len(ENTRIES)
+    assert len(re.findall(r"global_load_(?:dwordx4|b128)", text)) == 4  # fp32 takes two
+
+
 def metal_check(*flags: str) -> subprocess.CompletedProcess[str]:
-    clang = require_tool("clang++", *(f"clang++-{version}" for version in range(22, 13, -1)))
+    clang = require_clang()
     warnings = ("-Wall", "-Wextra", "-Werror", "-pedantic-errors", "-Wno-unknown-attributes", "-Wno-unused-function")
     return execute(clang, "-x", "c++", "-std=c++14", "-fsyntax-only", *warnings, "-Ishim", *flags, "kbit.metal")
 

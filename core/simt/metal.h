@@ -11,7 +11,7 @@
 #define PB_LOCAL threadgroup
 #ifndef PB_SHARED  // the type check has its own: standard C++ knows no automatic variable in an address space
 #define PB_SHARED(T, name) \
-  threadgroup T name##_;   \
+  threadgroup T name##_; \
   threadgroup T *name = &name##_
 #endif
 #define PB_UNROLL _Pragma("unroll")
