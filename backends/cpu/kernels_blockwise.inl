@@ -95,9 +95,9 @@ pb_status dequantize_blockwise(pb_context *ctx, const pb_dequantize_blockwise_ar
 
 pb_status quantize_absmax(pb_context *ctx, const pb_quantize_absmax_args *a) {
   const int64_t n = numel(a->absmax), block = 256;
-  if (n == 0) return PB_OK;
   const float *x = data<const float>(a->absmax);
-  const float offset = tree_sum(ctx, Float32(), x, n, [](simd::F v) { return v; }) / (float)n;
+  const float sum = tree_sum(ctx, Float32(), x, n, [](simd::F v) { return v; });
+  const float offset = n ? sum / (float)n : 0.0f;
   *data<float>(a->nested_offset) = offset;
   uint8_t *q = data<uint8_t>(a->q);
   float *nested = data<float>(a->nested_absmax);

@@ -36,11 +36,13 @@ inline uint32_t row_absmax_bits(D, const typename D::type *row, int64_t k, bool 
 // q = rint(x * r); outlier may be null. Lanes that are NaN become 0 (simd::cvt_rn).
 template <class D>
 inline void quantize_row(D, const typename D::type *row, int64_t k, float r, const uint8_t *outlier, int8_t *q) {
-  const simd::F factor = simd::set1(r);
+  // r is infinite for the smallest absmax. The clamp keeps NaN.
+  const simd::F factor = simd::set1(r), low = simd::set1(-127.0f), high = simd::set1(127.0f);
   for (int64_t c = 0; c < k; c += simd::W) {
     const int left = (int)min64(k - c, simd::W);
     const bool whole = left == simd::W;
-    simd::I v = simd::cvt_rn(simd::mul(whole ? D::load(row + c) : D::load_n(row + c, left), factor));
+    const simd::F x = simd::mul(whole ? D::load(row + c) : D::load_n(row + c, left), factor);
+    simd::I v = simd::cvt_rn(simd::min(high, simd::max(low, x)));
     if (outlier) {
       const simd::I marked = whole ? simd::load_u8(outlier + c) : simd::load_u8_n(outlier + c, left);
       v = simd::selecti(simd::gti(marked, simd::set1i(0)), simd::set1i(0), v);
@@ -80,7 +82,7 @@ inline void quantize_int8_rows(pb_context *ctx, D dtype, const typename D::type 
 pb_status quantize_int8(pb_context *ctx, const pb_quantize_int8_args *a) {
   return with_dtype(ctx, "quantize_int8", a->x, [&](auto dtype) {
     typedef decltype(dtype) D;
-    const int64_t k = last_dim(a->x), rows = k ? numel(a->x) / k : 0;
+    const int64_t k = last_dim(a->x), rows = numel(a->absmax);
     quantize_int8_rows(ctx, dtype, data<const typename D::type>(a->x), rows, k, (float)a->threshold, data<int8_t>(a->q),
                        data<float>(a->absmax), data<uint8_t>(a->outlier));
     return (pb_status)PB_OK;

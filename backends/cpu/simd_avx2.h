@@ -114,6 +114,7 @@ inline F div(F a, F b) { return _mm256_div_ps(a, b); }
 inline F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
 inline F abs_(F a) { return _mm256_and_ps(a, as_float(set1i(0x7fffffff))); }
 inline F max(F a, F b) { return _mm256_max_ps(a, b); }
+inline F min(F a, F b) { return _mm256_min_ps(a, b); }
 inline M gt(F a, F b) { return _mm256_cmp_ps(a, b, _CMP_GT_OQ); }
 inline M ge(F a, F b) { return _mm256_cmp_ps(a, b, _CMP_GE_OQ); }
 inline M gti(I a, I b) { return as_float(_mm256_cmpgt_epi32(a, b)); }

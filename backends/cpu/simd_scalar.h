@@ -76,7 +76,9 @@ inline F mul(F a, F b) { return a * b; }
 inline F div(F a, F b) { return a / b; }
 inline F fma(F a, F b, F c) { return __builtin_fmaf(a, b, c); }
 inline F abs_(F a) { return as_float(as_int(a) & 0x7fffffff); }
+// Where one is NaN, b.
 inline F max(F a, F b) { return a > b ? a : b; }
+inline F min(F a, F b) { return a < b ? a : b; }
 inline M gt(F a, F b) { return a > b; }
 inline M ge(F a, F b) { return a >= b; }
 inline M gti(I a, I b) { return a > b; }
