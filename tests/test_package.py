@@ -43,7 +43,6 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return sdist, wheel
 
 
-@pytest.mark.slow
 def test_sdist(built: tuple[Path, Path]) -> None:
     with tarfile.open(built[0]) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
@@ -52,7 +51,6 @@ def test_sdist(built: tuple[Path, Path]) -> None:
     assert not [name for name in names if name.startswith((".venv", "build/", "report/")) or name.endswith(".so")]
 
 
-@pytest.mark.slow
 def test_wheel_contents(built: tuple[Path, Path]) -> None:
     with zipfile.ZipFile(built[1]) as archive:
         names = archive.namelist()
@@ -65,7 +63,6 @@ def test_wheel_contents(built: tuple[Path, Path]) -> None:
     assert "Requires-Dist: torch>=2.6" in text and "Requires-Python: >=3.10" in text
 
 
-@pytest.mark.slow
 def test_installed_wheel_runs_elsewhere(built: tuple[Path, Path], tmp_path: Path) -> None:
     target, elsewhere = tmp_path / "site", tmp_path / "elsewhere"
     elsewhere.mkdir()
