@@ -79,7 +79,7 @@ inline void dequantize_block(D, const uint8_t *q, int64_t n, const float *code, 
 }
 
 pb_status dequantize_blockwise(pb_context *ctx, const pb_dequantize_blockwise_args *a) {
-  return with_dtype(ctx, "dequantize_blockwise", a->y, [&](auto dtype) {
+  return with_output(ctx, "dequantize_blockwise", a->y, true, [&](auto dtype) {
     typedef decltype(dtype) D;
     const int64_t n = numel(a->y), block = a->block;
     const uint8_t *q = data<const uint8_t>(a->q);
@@ -88,6 +88,7 @@ pb_status dequantize_blockwise(pb_context *ctx, const pb_dequantize_blockwise_ar
     parallel(ctx, ceil_div(n, block), grain_of(block), [&](int64_t begin, int64_t end) {
       for (int64_t b = begin; b < end; b++)
         dequantize_block(dtype, q + b * block, min64(block, n - b * block), code, absmax[b], y + b * block);
+      finish(dtype);
     });
     return (pb_status)PB_OK;
   });

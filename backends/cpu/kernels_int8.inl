@@ -102,7 +102,7 @@ inline void dequantize_row(D, const int8_t *q, int64_t k, float absmax, typename
 }
 
 pb_status dequantize_int8(pb_context *ctx, const pb_dequantize_int8_args *a) {
-  return with_dtype(ctx, "dequantize_int8", a->y, [&](auto dtype) {
+  return with_output(ctx, "dequantize_int8", a->y, last_dim(a->q) % 16 == 0, [&](auto dtype) {
     typedef decltype(dtype) D;
     const int64_t k = last_dim(a->q), rows = k ? numel(a->q) / k : 0;
     const int8_t *q = data<const int8_t>(a->q);
@@ -110,6 +110,7 @@ pb_status dequantize_int8(pb_context *ctx, const pb_dequantize_int8_args *a) {
     typename D::type *y = data<typename D::type>(a->y);
     parallel(ctx, rows, grain_of(k), [&](int64_t begin, int64_t end) {
       for (int64_t r = begin; r < end; r++) dequantize_row(dtype, q + r * k, k, absmax[r], y + r * k);
+      finish(dtype);
     });
     return (pb_status)PB_OK;
   });

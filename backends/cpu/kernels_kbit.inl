@@ -159,17 +159,18 @@ pb_status quantize_kbit(pb_context *ctx, const pb_quantize_kbit_args *a) {
 }
 
 pb_status dequantize_kbit(pb_context *ctx, const pb_dequantize_kbit_args *a) {
-  return with_dtype(ctx, "dequantize_kbit", a->y, [&](auto dtype) {
+  return with_output(ctx, "dequantize_kbit", a->y, true, [&](auto dtype) {
     typedef decltype(dtype) D;
     const int64_t n = numel(a->y);
     if (n == 0) return (pb_status)PB_OK;
     const KbitWeight weight = kbit_weight(a, last_dim(a->y));
     typename D::type *y = data<typename D::type>(a->y);
-    // Parts of whole blocks, a cache line of every dtype at least.
+    // Parts of whole vectors, so that streamed stores stay aligned.
     const int64_t part = 4096;
     parallel(ctx, ceil_div(n, part), grain_of(part), [&](int64_t begin, int64_t end) {
       const int64_t start = begin * part;
       weight.decode_as(dtype, start, min64(end * part, n) - start, y + start);
+      finish(dtype);
     });
     return (pb_status)PB_OK;
   });

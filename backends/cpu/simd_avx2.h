@@ -31,7 +31,6 @@ inline I first(int n) { return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), lanes())
 
 inline F load(const float *p) { return _mm256_loadu_ps(p); }
 inline void store(float *p, F a) { _mm256_storeu_ps(p, a); }
-// Past the caches; p is 32-byte aligned, and a fence() follows the last one.
 inline void stream(float *p, F a) { _mm256_stream_ps(p, a); }
 inline void fence() { _mm_sfence(); }
 inline F load_n(const float *p, int n) { return _mm256_maskload_ps(p, first(n)); }
@@ -53,18 +52,20 @@ inline F load_bf16(const uint16_t *p) {
   return as_float(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p)), 16));
 }
 inline F load_f16(const uint16_t *p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p)); }
-inline void store_bf16(uint16_t *p, F a) {
+inline __m128i narrow_bf16(F a) {
   const I x = as_int(a);
   const I odd = _mm256_and_si256(_mm256_srli_epi32(x, 16), _mm256_set1_epi32(1));
   I r = _mm256_srli_epi32(_mm256_add_epi32(x, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff))), 16);
   const I nan = as_int(_mm256_cmp_ps(a, a, _CMP_UNORD_Q));
   const I quiet = _mm256_or_si256(_mm256_srli_epi32(x, 16), _mm256_set1_epi32(0x40));
   r = _mm256_blendv_epi8(r, quiet, nan);
-  _mm_storeu_si128((__m128i *)p, _mm_packus_epi32(_mm256_castsi256_si128(r), _mm256_extracti128_si256(r, 1)));
+  return _mm_packus_epi32(_mm256_castsi256_si128(r), _mm256_extracti128_si256(r, 1));
 }
-inline void store_f16(uint16_t *p, F a) {
-  _mm_storeu_si128((__m128i *)p, _mm256_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT));
-}
+inline __m128i narrow_f16(F a) { return _mm256_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT); }
+inline void store_bf16(uint16_t *p, F a) { _mm_storeu_si128((__m128i *)p, narrow_bf16(a)); }
+inline void stream_bf16(uint16_t *p, F a) { _mm_stream_si128((__m128i *)p, narrow_bf16(a)); }
+inline void stream_f16(uint16_t *p, F a) { _mm_stream_si128((__m128i *)p, narrow_f16(a)); }
+inline void store_f16(uint16_t *p, F a) { _mm_storeu_si128((__m128i *)p, narrow_f16(a)); }
 
 // A partial access of a narrow type goes through a buffer: AVX2 masks only 32- and 64-bit elements.
 template <class T>

@@ -39,7 +39,6 @@ inline M first(int n) { return (M)((1u << n) - 1); }
 
 inline F load(const float *p) { return _mm512_loadu_ps(p); }
 inline void store(float *p, F a) { _mm512_storeu_ps(p, a); }
-// Past the caches; p is 64-byte aligned, and a fence() follows the last one.
 inline void stream(float *p, F a) { _mm512_stream_ps(p, a); }
 inline void fence() { _mm_sfence(); }
 inline F load_n(const float *p, int n) { return _mm512_maskz_loadu_ps(first(n), p); }
@@ -69,6 +68,10 @@ inline F load_f16_n(const uint16_t *p, int n) { return _mm512_cvtph_ps(_mm256_ma
 inline void store_bf16(uint16_t *p, F a) { _mm256_storeu_si256((__m256i *)p, narrow_bf16(a)); }
 inline void store_f16(uint16_t *p, F a) {
   _mm256_storeu_si256((__m256i *)p, _mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT));
+}
+inline void stream_bf16(uint16_t *p, F a) { _mm256_stream_si256((__m256i *)p, narrow_bf16(a)); }
+inline void stream_f16(uint16_t *p, F a) {
+  _mm256_stream_si256((__m256i *)p, _mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT));
 }
 inline void store_bf16_n(uint16_t *p, F a, int n) { _mm256_mask_storeu_epi16(p, first(n), narrow_bf16(a)); }
 inline void store_f16_n(uint16_t *p, F a, int n) {

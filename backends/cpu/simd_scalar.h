@@ -39,6 +39,7 @@ inline I set1i(int32_t a) { return a; }
 
 inline F load(const float *p) { return *p; }
 inline void store(float *p, F a) { *p = a; }
+// stream...: store past the caches. p is aligned to the vector stored, and a fence() follows the last one.
 inline void stream(float *p, F a) { *p = a; }
 inline void fence() {}
 inline I load_i(const int32_t *p) { return *p; }
@@ -50,6 +51,9 @@ inline F load_bf16(const uint16_t *p) { return pb::bf16_to_float(*p); }
 inline F load_f16(const uint16_t *p) { return pb::half_to_float(*p); }
 inline void store_bf16(uint16_t *p, F a) { *p = pb::float_to_bf16(a); }
 inline void store_f16(uint16_t *p, F a) { *p = pb::float_to_half(a); }
+
+inline void stream_bf16(uint16_t *p, F a) { store_bf16(p, a); }
+inline void stream_f16(uint16_t *p, F a) { store_f16(p, a); }
 
 // The partial forms exist for generic code: with one lane, n is 0 or 1.
 inline F load_n(const float *p, int n) { return n ? *p : 0.0f; }
