@@ -1,4 +1,7 @@
-// TODO: take the products that use these instructions.
-#define PB_CPU_OPS(OP)
+#include "simd_avx512.h"
+
+#include "kernels.inl"
+
+#define PB_CPU_OPS(OP) OP(matmul_int8) OP(linear_int8) OP(matmul_kbit_int8)
 #define PB_CPU_VARIANT avx512_vnni
 #include "table.inl"

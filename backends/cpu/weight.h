@@ -27,18 +27,14 @@ struct KbitWeight {
     return nested_code[absmax_q[b]] * nested_absmax[place >> 8] + nested_offset;
   }
 
-  float value(int64_t i) const {
-    int c;
-    if (bits == 4)
-      c = q[i >> 1] >> (i & 1 ? 0 : 4) & 15;
-    else if (bits == 2)
-      c = q[i >> 2] >> 2 * (i & 3) & 3;
-    else {
-      const int shift = (int)(3 * i & 7);
-      c = (q[3 * i >> 3] | (shift > 5 ? q[(3 * i >> 3) + 1] << 8 : 0)) >> shift & 7;
-    }
-    return code[c] * scale(i >> block_shift);
+  // The stored code of element i of the flat weight.
+  int stored_code(int64_t i) const {
+    if (bits == 4) return q[i >> 1] >> (i & 1 ? 0 : 4) & 15;
+    if (bits == 2) return q[i >> 2] >> 2 * (i & 3) & 3;
+    const int shift = (int)(3 * i & 7);
+    return (q[3 * i >> 3] | (shift > 5 ? q[(3 * i >> 3) + 1] << 8 : 0)) >> shift & 7;
   }
+  float value(int64_t i) const { return code[stored_code(i)] * scale(i >> block_shift); }
 
   // emit(offset, F) for each whole vector and emit1(offset, float) for each single value of the range.
   template <int BITS, class Emit, class Emit1>
