@@ -1,4 +1,4 @@
-"""Bytes against the bitsandbytes 0.50.2 wheel on the CPU. Every deviation is named, and asserted to be that and no other.
+"""Bytes against the bitsandbytes 0.50.2 wheel on the CPU. Every deviation is named and asserted to be just that.
 
 1. FP4, a value that rounds to zero: its CPU code gives +0 the sign bit and takes it from -0; its CUDA code, which made
    the checkpoints, does what we do. The values are equal.

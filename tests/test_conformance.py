@@ -30,7 +30,9 @@ def test_samples(op: str, backend: str) -> None:
         return
     if backend in WHOLE and op not in OPTIONAL:
         assert result.kind == "native"
-    assert result.samples > 0
+    if backend.startswith("cpu:"):
+        assert result.unsupported == 0
+    assert result.samples > result.unsupported
     result.raise_failures()
 
 
@@ -60,7 +62,11 @@ def test_threads(backend: str) -> None:
                 if resolve(op).kind == "reference":
                     return
                 for sample in list(spec.OPS[op].samples("cpu"))[::7]:
-                    out = getattr(torch.ops.polybit, op)(*sample.args)
+                    try:
+                        out = getattr(torch.ops.polybit, op)(*sample.args)
+                    except polybit.BackendError:
+                        assert backend.startswith("emulator")
+                        continue
                     outs = (out,) if isinstance(out, torch.Tensor) else out
                     problem = compare(outs, spec.OPS[op].reference(*sample.args), sample, False)
                     if problem:
