@@ -159,10 +159,22 @@ inline int32_t reduce_maxi(I a) {
   return _mm_cvtsi128_si32(_mm_max_epi32(m, _mm_shuffle_epi32(m, 0xb1)));
 }
 
+// N bytes as a little-endian number, without a detour over the stack.
+template <int N>
+inline uint32_t load_word(const uint8_t *p) {
+  if (N == 4) {
+    uint32_t word;
+    __builtin_memcpy(&word, p, 4);
+    return word;
+  }
+  uint16_t half;
+  __builtin_memcpy(&half, p, 2);
+  return N == 3 ? half | (uint32_t)p[2] << 16 : half;
+}
+
 template <int BITS>
 inline I load_codes(const uint8_t *q, int64_t i) {
-  uint32_t word = 0;
-  __builtin_memcpy(&word, q + i * BITS / 8, BITS);
+  const uint32_t word = load_word<BITS>(q + i * BITS / 8);
   const I shifts = BITS == 4   ? _mm256_setr_epi32(4, 0, 12, 8, 20, 16, 28, 24)
                    : BITS == 3 ? _mm256_setr_epi32(0, 3, 6, 9, 12, 15, 18, 21)
                                : _mm256_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14);

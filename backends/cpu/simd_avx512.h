@@ -128,11 +128,22 @@ inline float reduce_add(F a) {
 }
 inline int32_t reduce_maxi(I a) { return _mm512_reduce_max_epi32(a); }
 
+// N bytes as a little-endian number, without a detour over the stack.
+template <int N>
+inline uint32_t load_word(const uint8_t *p) {
+  if (N == 4) {
+    uint32_t word;
+    __builtin_memcpy(&word, p, 4);
+    return word;
+  }
+  uint16_t half;
+  __builtin_memcpy(&half, p, 2);
+  return N == 3 ? half | (uint32_t)p[2] << 16 : half;
+}
+
 template <int BITS>
 inline I load_codes(const uint8_t *q, int64_t i) {
-  uint32_t low = 0, high = 0;
-  __builtin_memcpy(&low, q + i * BITS / 8, BITS);
-  __builtin_memcpy(&high, q + i * BITS / 8 + BITS, BITS);
+  const uint32_t low = load_word<BITS>(q + i * BITS / 8), high = load_word<BITS>(q + i * BITS / 8 + BITS);
   const I shifts = BITS == 4   ? _mm512_setr_epi32(4, 0, 12, 8, 20, 16, 28, 24, 4, 0, 12, 8, 20, 16, 28, 24)
                    : BITS == 3 ? _mm512_setr_epi32(0, 3, 6, 9, 12, 15, 18, 21, 0, 3, 6, 9, 12, 15, 18, 21)
                                : _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 0, 2, 4, 6, 8, 10, 12, 14);
