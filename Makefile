@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := CMakeLists.txt pyproject.toml $(wildcard README.md) $(shell find core backends python -type f -not -name '*.py[co]' -not -name '*.so')
 
 # The budget plugin prints seconds against tests/budget.toml.
-PYTEST := PYTHONPATH=tests $(BIN)/python -m pytest -p budget
+PYTEST := PATH="$(CURDIR)/$(BIN):$$PATH" PYTHONPATH=tests $(BIN)/python -m pytest -p budget
 
 .PHONY: help demo test test-all lint format bench clean
 
@@ -38,13 +38,21 @@ $(VENV)/tools: requirements-dev.txt requirements-no-deps.txt constraints.txt $(V
 	$(PIP) install --quiet -c constraints.txt --no-deps -r requirements-no-deps.txt
 	touch $@
 
+# An nvcc that is there already is good enough; the wheels are the compiler alone. A script, because nvcc finds its
+# parts from the path that it was called by.
+$(VENV)/nvcc: requirements-nvcc.txt $(VENV)/created
+	command -v nvcc || { $(PIP) install --quiet --no-deps -r requirements-nvcc.txt && \
+	  printf '#!/bin/sh\nexec "%s"/nvidia/cu13/bin/nvcc "$$@"\n' \
+	    "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" > $(BIN)/nvcc && chmod +x $(BIN)/nvcc; }
+	touch $@
+
 demo: $(VENV)/package $(VENV)/tools
 	POLYBIT_FALLBACK=error $(BIN)/python examples/demo.py
 
-test: $(VENV)/package $(VENV)/tools
+test: $(VENV)/package $(VENV)/tools $(VENV)/nvcc
 	$(PYTEST) -m "not slow"
 
-test-all: $(VENV)/package $(VENV)/tools
+test-all: $(VENV)/package $(VENV)/tools $(VENV)/nvcc
 	$(PYTEST)
 
 # mypy needs torch and the typed dependencies.
