@@ -3,7 +3,8 @@
 
 namespace {
 
-constexpr int64_t panel_rows = 4, panel_columns = 1024, row_tile = 4;
+// One lane sums a whole panel in sequence: a short panel keeps its rounding error as small as that of many lanes.
+constexpr int64_t panel_rows = 4, panel_columns = simd::W == 1 ? 128 : 1024, row_tile = 4;
 
 // acc[m][r] += sum over c of x[m][c] * w[r][c], for ROWS rows of x and R of w.
 template <int ROWS, int R>

@@ -1,5 +1,9 @@
 // Products with a k-bit weight.
 #include "matmul_core.inl"
+#include "matmul_tiled.inl"
+#ifdef __AVX512BF16__
+#include "matmul_bf16.inl"
+#endif
 
 namespace {
 
@@ -7,13 +11,16 @@ struct KbitRows {
   KbitWeight weight;
   int64_t k;
   void decode(int64_t row, int64_t begin, int64_t count, float *out) const { weight.decode_range(row * k + begin, count, out); }
+  void decode_bf16(int64_t row, int64_t begin, int64_t count, uint16_t *out) const {
+    weight.decode_as(BFloat16(), row * k + begin, count, out);
+  }
 };
 
 template <class D, class Product>
 inline pb_status kbit_product(pb_context *ctx, D dtype, const DLTensor *in, int64_t in_width, const DLTensor *bias, DLTensor *out,
                               int64_t out_width, const Product &product) {
-  const int64_t rows = in_width ? numel(in) / in_width : numel(out) / (out_width ? out_width : 1);
-  if (!rows || !out_width) return PB_OK;
+  const int64_t rows = out_width ? numel(out) / out_width : 0;
+  if (!rows) return PB_OK;
   const bool convert = sizeof(typename D::type) != sizeof(float);
   float *buffer = 0, *acc = 0;
   if (!take_scratch(ctx, [&](Scratch &s) {
@@ -42,13 +49,20 @@ inline void each_group(const DLTensor *group_end, int64_t rows, const Body &body
 
 pb_status matmul_kbit(pb_context *ctx, const pb_matmul_kbit_args *a) {
   const int64_t k = last_dim(a->x), n = a->n;
-  KbitWeight weight = kbit_weight(a, k);
+  const KbitRows weight = {kbit_weight(a, k), k};
+  const bool tiled = a->packed && is_tiled(k, a->block, a->bits) && numel(a->x) <= most_tiled_rows * k;
+#ifdef __AVX512BF16__
+  if (!tiled && is_bf16(a->x))
+    return kbit_product_bf16(ctx, a->x, a->bias, a->y, n, [&](const uint16_t *x, int64_t rows, float *acc) {
+      multiply_bf16(ctx, weight, 0, x, rows, n, k, acc);
+    });
+#endif
   return with_dtype(ctx, "matmul_kbit", a->x, [&](auto dtype) {
     return kbit_product(ctx, dtype, a->x, k, a->bias, a->y, n, [&](const float *x, int64_t rows, float *acc) {
-      if (a->packed && is_tiled(n, k, a->block, a->bits))
-        multiply(ctx, TiledRows{weight, data<const uint32_t>(a->packed), k}, 0, x, rows, n, k, acc);
+      if (tiled)
+        multiply_tiled(ctx, weight.weight, data<const uint32_t>(a->packed), x, rows, n, k, acc);
       else
-        multiply(ctx, KbitRows{weight, k}, 0, x, rows, n, k, acc);
+        multiply(ctx, weight, 0, x, rows, n, k, acc);
     });
   });
 }
@@ -66,6 +80,14 @@ pb_status matmul_kbit_transposed(pb_context *ctx, const pb_matmul_kbit_transpose
 pb_status matmul_kbit_grouped(pb_context *ctx, const pb_matmul_kbit_grouped_args *a) {
   const int64_t k = last_dim(a->x), n = a->n;
   const KbitRows weight = {kbit_weight(a, k), k};
+#ifdef __AVX512BF16__
+  if (is_bf16(a->x))
+    return kbit_product_bf16(ctx, a->x, 0, a->y, n, [&](const uint16_t *x, int64_t rows, float *acc) {
+      each_group(a->group_end, rows, [&](int64_t begin, int64_t count, int64_t e) {
+        multiply_bf16(ctx, weight, e * n, x + begin * k, count, n, k, acc + begin * n);
+      });
+    });
+#endif
   return with_dtype(ctx, "matmul_kbit_grouped", a->x, [&](auto dtype) {
     return kbit_product(ctx, dtype, a->x, k, 0, a->y, n, [&](const float *x, int64_t rows, float *acc) {
       each_group(a->group_end, rows, [&](int64_t begin, int64_t count, int64_t e) {

@@ -5,7 +5,7 @@ namespace {
 
 constexpr int64_t tile_rows = 16, word_elements = 8;
 
-inline bool is_tiled(int64_t, int64_t k, int64_t block, int64_t bits) { return bits == 4 && k > 0 && k % block == 0; }
+inline bool is_tiled(int64_t k, int64_t block, int64_t bits) { return bits == 4 && k > 0 && k % block == 0; }
 
 inline int64_t tiled_words(int64_t n, int64_t k) { return ceil_div(n, tile_rows) * (k / word_elements) * tile_rows; }
 
@@ -13,21 +13,8 @@ inline int64_t word_place(int64_t row, int64_t word, int64_t k) {
   return (row / tile_rows * (k / word_elements) + word) * tile_rows + row % tile_rows;
 }
 
-struct TiledRows {
-  KbitWeight weight;
-  const uint32_t *packed;
-  int64_t k;
-  void decode(int64_t row, int64_t begin, int64_t count, float *out) const {
-    for (int64_t c = begin; c < begin + count; c += word_elements) {
-      const uint32_t word = packed[word_place(row, c / word_elements, k)];
-      const float scale = weight.scale((row * k + c) >> weight.block_shift);
-      for (int64_t j = 0; j < word_elements; j++) out[c - begin + j] = weight.code[word >> 4 * j & 15] * scale;
-    }
-  }
-};
-
 pb_status pack_size_kbit(pb_context *, const pb_pack_size_kbit_args *a) {
-  *data<int64_t>(a->size) = is_tiled(a->n, a->k, a->block, a->bits) ? tiled_words(a->n, a->k) * 4 : numel(a->q);
+  *data<int64_t>(a->size) = is_tiled(a->k, a->block, a->bits) ? tiled_words(a->n, a->k) * 4 : numel(a->q);
   return PB_OK;
 }
 
@@ -42,7 +29,7 @@ inline uint32_t swap_nibbles(uint32_t word) { return (word >> 4 & 0x0f0f0f0fu) |
 
 pb_status pack_kbit(pb_context *ctx, const pb_pack_kbit_args *a) {
   const uint8_t *q = data<const uint8_t>(a->q);
-  if (!is_tiled(a->n, a->k, a->block, a->bits)) {
+  if (!is_tiled(a->k, a->block, a->bits)) {
     copy_bytes(ctx, data<uint8_t>(a->packed), q, numel(a->q));
     return PB_OK;
   }
@@ -61,7 +48,7 @@ pb_status pack_kbit(pb_context *ctx, const pb_pack_kbit_args *a) {
 
 pb_status unpack_kbit(pb_context *ctx, const pb_unpack_kbit_args *a) {
   uint8_t *q = data<uint8_t>(a->q);
-  if (!is_tiled(a->n, a->k, a->block, a->bits)) {
+  if (!is_tiled(a->k, a->block, a->bits)) {
     copy_bytes(ctx, q, data<const uint8_t>(a->packed), numel(a->q));
     return PB_OK;
   }
