@@ -60,10 +60,12 @@ OpenMP find_openmp() {
   std::vector<std::string> found;
   for (const std::string &path : loaded_libraries()) {
     const std::string file = path.substr(path.rfind('/') + 1);
-    if (file.rfind("libgomp", 0) == 0 || file.rfind("libomp", 0) == 0 || file.rfind("libiomp", 0) == 0) found.push_back(path);
+    if (file.rfind("libgomp", 0) == 0 || file.rfind("libomp", 0) == 0 || file.rfind("libiomp", 0) == 0)
+      found.push_back(path);
   }
   // Where several are loaded, torch's own is the pool to share.
-  std::stable_partition(found.begin(), found.end(), [](const std::string &p) { return p.find("torch") != std::string::npos; });
+  std::stable_partition(found.begin(), found.end(),
+                        [](const std::string &p) { return p.find("torch") != std::string::npos; });
   for (const std::string &path : found) {
     OpenMP omp;
     if (resolve(path, omp)) return omp;

@@ -5,7 +5,8 @@
 #include "polybit.h"
 
 namespace pb {
-// Threads that a parallel_for from this thread would use: 1 without OpenMP, inside a parallel region, or in a forked child.
+// Threads that a parallel_for from this thread would use: 1 without OpenMP, inside a parallel region, or in a forked
+// child.
 int64_t thread_count();
 void parallel_for(int64_t count, int64_t grain, pb_range_body body, void *arg);
 // The library whose pool is used, or "" when everything runs serially.

@@ -20,7 +20,8 @@ enum {
   PB_BAD_INDEX = 4,   /* a tensor of indices holds one that is out of range; error says which */
 };
 
-/* Runs body(arg, begin, end) over parts of [0, count), each at least grain long but the last; returns when all are done. */
+/* Runs body(arg, begin, end) over parts of [0, count), each at least grain long but the last; returns when all are
+ * done. */
 typedef void (*pb_range_body)(void *arg, int64_t begin, int64_t end);
 
 typedef struct pb_context {
@@ -59,12 +60,13 @@ typedef struct pb_tensor_list {
 #include "ops.def"
 #undef PB_OP
 
-/* A backend. A null op is "not implemented"; a library built earlier has a smaller size, and its missing ops read as null. */
+/* A backend. A null op is "not implemented"; a library built earlier has a smaller size, and its missing ops read as
+ * null. */
 typedef struct pb_backend {
-  uint64_t abi;         /* PB_ABI */
-  uint64_t size;        /* sizeof(pb_backend) of the library */
-  const char *name;     /* "family" or "family:variant", as in "cpu:avx2" */
-  int64_t device_type;  /* a DLDeviceType: whose tensors it takes */
+  uint64_t abi;        /* PB_ABI */
+  uint64_t size;       /* sizeof(pb_backend) of the library */
+  const char *name;    /* "family" or "family:variant", as in "cpu:avx2" */
+  int64_t device_type; /* a DLDeviceType: whose tensors it takes */
   /* 1 if usable on this machine; else 0 with the reason in error. */
   int64_t (*probe)(char *error, uint64_t error_size);
 #define PB_OP(name, arguments) pb_status (*name)(pb_context *, const pb_##name##_args *);

@@ -52,7 +52,8 @@ Backend read(const pb_backend *source) {
     throw std::runtime_error("built for op table " + hex(source->abi) + ", but this polybit has " + hex(PB_ABI) +
                              ": rebuild it against polybit/include of this version");
   const size_t first_op = offsetof(pb_backend, probe) + sizeof(source->probe);
-  if (source->size < first_op || !source->name) throw std::runtime_error("its backend struct is damaged (size or name)");
+  if (source->size < first_op || !source->name)
+    throw std::runtime_error("its backend struct is damaged (size or name)");
   Backend backend{source->name, source->device_type, false, "", {}};
   // Entries behind the library's own size do not exist in its memory: they read as null.
   const size_t known = (source->size - first_op) / sizeof(Kernel);

@@ -10,7 +10,8 @@ namespace pb {
 
 using Kernel = pb_status (*)(pb_context *, const void *);
 
-// kinds: one letter per argument of the op table: i IN, ? OPT, o OUT, m MUT, I INS, M MUTS, n INT, f FLOAT, d DTYPE, s SHAPE.
+// kinds: one letter per argument of the op table: i IN, ? OPT, o OUT, m MUT, I INS, M MUTS, n INT, f FLOAT, d DTYPE, s
+// SHAPE.
 struct Op {
   const char *name;
   const char *kinds;
@@ -25,7 +26,8 @@ struct Backend {
   std::vector<Kernel> kernels;  // by op; null is "not implemented"
 };
 
-// Loads the library and probes its backends, best first. Throws std::runtime_error, saying why, and leaves nothing behind.
+// Loads the library and probes its backends, best first. Throws std::runtime_error, saying why, and leaves nothing
+// behind.
 std::vector<Backend> load(const std::string &path);
 
 }  // namespace pb

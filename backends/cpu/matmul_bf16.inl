@@ -29,7 +29,8 @@ inline void dot_tile_bf16(const uint16_t *x, int64_t ldx, const uint16_t *w, int
 }
 
 template <int R>
-inline void dot_rows_bf16(const uint16_t *x, int64_t ldx, int64_t rows, const uint16_t *w, int64_t count, float *acc, int64_t ldacc) {
+inline void dot_rows_bf16(const uint16_t *x, int64_t ldx, int64_t rows, const uint16_t *w, int64_t count, float *acc,
+                          int64_t ldacc) {
   int64_t m = 0;
   for (; m + row_tile <= rows; m += row_tile)
     dot_tile_bf16<row_tile, R>(x + m * ldx, ldx, w, count, acc + m * ldacc, ldacc);
@@ -38,8 +39,8 @@ inline void dot_rows_bf16(const uint16_t *x, int64_t ldx, int64_t rows, const ui
 
 // As multiply of matmul_core.inl.
 template <class Weight>
-inline void multiply_bf16(pb_context *ctx, const Weight &weight, int64_t first, const uint16_t *x, int64_t rows, int64_t n, int64_t k,
-                          float *acc) {
+inline void multiply_bf16(pb_context *ctx, const Weight &weight, int64_t first, const uint16_t *x, int64_t rows,
+                          int64_t n, int64_t k, float *acc) {
   parallel(ctx, ceil_div(n, panel_rows), grain_of(panel_rows * k * rows), [&](int64_t begin, int64_t end) {
     alignas(64) uint16_t panel[panel_rows * panel_columns];
     for (int64_t tile = begin; tile < end; tile++) {
@@ -67,7 +68,8 @@ inline pb_status kbit_product_bf16(pb_context *ctx, const DLTensor *in, const DL
   if (!take_scratch(ctx, [&](Scratch &s) { acc = s.take<float>(rows * out_width); })) return PB_SCRATCH;
   clear(ctx, acc, rows * out_width);
   product(data<const uint16_t>(in), rows, acc);
-  finish(ctx, BFloat16(), acc, bias ? data<const uint16_t>(bias) : (const uint16_t *)0, rows, out_width, data<uint16_t>(out));
+  finish(ctx, BFloat16(), acc, bias ? data<const uint16_t>(bias) : (const uint16_t *)0, rows, out_width,
+         data<uint16_t>(out));
   return PB_OK;
 }
 

@@ -33,7 +33,8 @@ inline void dot_tile(const float *x, int64_t ldx, const float *w, int64_t count,
 }
 
 template <int R>
-inline void dot_rows(const float *x, int64_t ldx, int64_t rows, const float *w, int64_t count, float *acc, int64_t ldacc) {
+inline void dot_rows(const float *x, int64_t ldx, int64_t rows, const float *w, int64_t count, float *acc,
+                     int64_t ldacc) {
   int64_t m = 0;
   for (; m + row_tile <= rows; m += row_tile) dot_tile<row_tile, R>(x + m * ldx, ldx, w, count, acc + m * ldacc, ldacc);
   for (; m < rows; m++) dot_tile<1, R>(x + m * ldx, ldx, w, count, acc + m * ldacc, ldacc);
@@ -41,8 +42,8 @@ inline void dot_rows(const float *x, int64_t ldx, int64_t rows, const float *w, 
 
 // acc [rows, n] += x [rows, k] W^T, for the rows of W from first on. acc starts at zero.
 template <class Weight>
-inline void multiply(pb_context *ctx, const Weight &weight, int64_t first, const float *x, int64_t rows, int64_t n, int64_t k,
-                     float *acc) {
+inline void multiply(pb_context *ctx, const Weight &weight, int64_t first, const float *x, int64_t rows, int64_t n,
+                     int64_t k, float *acc) {
   parallel(ctx, ceil_div(n, panel_rows), grain_of(panel_rows * k * rows), [&](int64_t begin, int64_t end) {
     alignas(64) float panel[panel_rows * panel_columns];
     for (int64_t tile = begin; tile < end; tile++) {
@@ -53,7 +54,8 @@ inline void multiply(pb_context *ctx, const Weight &weight, int64_t first, const
         if (height == panel_rows)
           dot_rows<panel_rows>(x + c, k, rows, panel, count, acc + row, n);
         else
-          for (int64_t r = 0; r < height; r++) dot_rows<1>(x + c, k, rows, panel + r * panel_columns, count, acc + row + r, n);
+          for (int64_t r = 0; r < height; r++)
+            dot_rows<1>(x + c, k, rows, panel + r * panel_columns, count, acc + row + r, n);
       }
     }
   });
@@ -64,15 +66,16 @@ inline void add_rows(const float *dy, const float *w, int64_t height, int64_t co
   for (int64_t c = 0; c < count; c += simd::W) {
     const int lanes = (int)min64(simd::W, count - c);
     simd::F sum = simd::load_n(acc + c, lanes);
-    for (int64_t r = 0; r < height; r++) sum = simd::fma(simd::set1(dy[r]), simd::load_n(w + r * panel_columns + c, lanes), sum);
+    for (int64_t r = 0; r < height; r++)
+      sum = simd::fma(simd::set1(dy[r]), simd::load_n(w + r * panel_columns + c, lanes), sum);
     simd::store_n(acc + c, sum, lanes);
   }
 }
 
 // acc [rows, k] += dy [rows, n] W. Threads share the columns, so no sum is split between them.
 template <class Weight>
-inline void multiply_transposed(pb_context *ctx, const Weight &weight, int64_t first, const float *dy, int64_t rows, int64_t n,
-                                int64_t k, float *acc) {
+inline void multiply_transposed(pb_context *ctx, const Weight &weight, int64_t first, const float *dy, int64_t rows,
+                                int64_t n, int64_t k, float *acc) {
   const int64_t strip = 256;
   parallel(ctx, ceil_div(k, strip), grain_of(strip * n * rows), [&](int64_t begin, int64_t end) {
     alignas(64) float panel[panel_rows * panel_columns];
@@ -122,14 +125,16 @@ inline void clear(pb_context *ctx, float *p, int64_t n) {
 
 template <class D>
 inline const float *to_float32(pb_context *ctx, D dtype, const typename D::type *x, int64_t n, float *buffer) {
-  parallel(ctx, n, 32768, [&](int64_t begin, int64_t end) { as_float32(dtype, x + begin, end - begin, buffer + begin); });
+  parallel(ctx, n, 32768,
+           [&](int64_t begin, int64_t end) { as_float32(dtype, x + begin, end - begin, buffer + begin); });
   return buffer;
 }
 inline const float *to_float32(pb_context *, Float32, const float *x, int64_t, float *) { return x; }
 
 // y = acc + bias, rounded once.
 template <class D>
-inline void finish(pb_context *ctx, D, const float *acc, const typename D::type *bias, int64_t rows, int64_t n, typename D::type *y) {
+inline void finish(pb_context *ctx, D, const float *acc, const typename D::type *bias, int64_t rows, int64_t n,
+                   typename D::type *y) {
   parallel(ctx, rows, grain_of(n), [&](int64_t begin, int64_t end) {
     for (int64_t m = begin; m < end; m++)
       for (int64_t c = 0; c < n; c += simd::W) {

@@ -28,7 +28,8 @@ inline int32_t dot_int8(const int8_t *a, const int8_t *b, int64_t count) {
 
 // emit(m, n, sum) for every element of a [rows, k] b^T [n, k]; threads share the rows of b.
 template <class Emit>
-inline void each_dot(pb_context *ctx, const int8_t *a, const int8_t *b, int64_t rows, int64_t n, int64_t k, const Emit &emit) {
+inline void each_dot(pb_context *ctx, const int8_t *a, const int8_t *b, int64_t rows, int64_t n, int64_t k,
+                     const Emit &emit) {
   parallel(ctx, n, grain_of(rows * k), [&](int64_t begin, int64_t end) {
     const int64_t strip = 32;  // rows of b that stay in cache while all of a passes by
     for (int64_t first = begin; first < end; first += strip)
@@ -144,8 +145,8 @@ struct Int8Code {
 };
 
 // Sums over maximal runs of one block inside a row.
-inline void accumulate_blocks(const KbitWeight &weight, const int8_t *x, int64_t rows, int64_t k, int64_t row, const int8_t *codes,
-                              float *acc, int64_t n) {
+inline void accumulate_blocks(const KbitWeight &weight, const int8_t *x, int64_t rows, int64_t k, int64_t row,
+                              const int8_t *codes, float *acc, int64_t n) {
   const int64_t block = (int64_t)1 << weight.block_shift, end = (row + 1) * k;
   for (int64_t i = row * k; i < end;) {
     const int64_t stop = min64((i / block + 1) * block, end), c = i - row * k;

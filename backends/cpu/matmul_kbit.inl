@@ -10,15 +10,17 @@ namespace {
 struct KbitRows {
   KbitWeight weight;
   int64_t k;
-  void decode(int64_t row, int64_t begin, int64_t count, float *out) const { weight.decode_range(row * k + begin, count, out); }
+  void decode(int64_t row, int64_t begin, int64_t count, float *out) const {
+    weight.decode_range(row * k + begin, count, out);
+  }
   void decode_bf16(int64_t row, int64_t begin, int64_t count, uint16_t *out) const {
     weight.decode_as(BFloat16(), row * k + begin, count, out);
   }
 };
 
 template <class D, class Product>
-inline pb_status kbit_product(pb_context *ctx, D dtype, const DLTensor *in, int64_t in_width, const DLTensor *bias, DLTensor *out,
-                              int64_t out_width, const Product &product) {
+inline pb_status kbit_product(pb_context *ctx, D dtype, const DLTensor *in, int64_t in_width, const DLTensor *bias,
+                              DLTensor *out, int64_t out_width, const Product &product) {
   const int64_t rows = out_width ? numel(out) / out_width : 0;
   if (!rows) return PB_OK;
   const bool convert = sizeof(typename D::type) != sizeof(float);

@@ -1,5 +1,5 @@
-// y = x W^T from the prepacked weight (pack.inl), for few rows of x: a lane is an output row, so nothing is summed across
-// lanes, and one table lookup decodes an element of every lane.
+// y = x W^T from the prepacked weight (pack.inl), for few rows of x: a lane is an output row, so nothing is summed
+// across lanes, and one table lookup decodes an element of every lane.
 
 namespace {
 
@@ -8,8 +8,8 @@ constexpr int tile_vectors = (int)(tile_rows / simd::W);
 
 // sums[m][r] over k columns for ROWS rows of x and one vector of the tile's rows; scale: the 16 scales of each block.
 template <int ROWS>
-inline void multiply_tile(const simd::Table16 &table, const uint32_t *words, const float *scale, int64_t block, const float *x,
-                          int64_t ldx, int64_t k, int vector, float *sums) {
+inline void multiply_tile(const simd::Table16 &table, const uint32_t *words, const float *scale, int64_t block,
+                          const float *x, int64_t ldx, int64_t k, int vector, float *sums) {
   simd::F total[ROWS];
   for (int m = 0; m < ROWS; m++) total[m] = simd::zero();
   for (int64_t c = 0; c < k; scale += tile_rows) {
@@ -27,8 +27,8 @@ inline void multiply_tile(const simd::Table16 &table, const uint32_t *words, con
   for (int m = 0; m < ROWS; m++) simd::store(sums + m * tile_rows, total[m]);
 }
 
-inline void multiply_tiled(pb_context *ctx, const KbitWeight &weight, const uint32_t *packed, const float *x, int64_t rows,
-                           int64_t n, int64_t k, float *acc) {
+inline void multiply_tiled(pb_context *ctx, const KbitWeight &weight, const uint32_t *packed, const float *x,
+                           int64_t rows, int64_t n, int64_t k, float *acc) {
   const int64_t block = (int64_t)1 << weight.block_shift, blocks = k / block;
   const simd::Table16 table = simd::table16(weight.code);
   parallel(ctx, ceil_div(n, tile_rows), grain_of(tile_rows * k * rows), [&](int64_t begin, int64_t end) {

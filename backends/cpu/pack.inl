@@ -1,5 +1,6 @@
-// Prepacked 4-bit weights: tiles of 16 output rows; for each 8 consecutive k one 32-bit word a row, element k + j in bits
-// [4j, 4j + 4), so that a lane is an output row. N is padded to 16. Weights of another shape keep their canonical bytes.
+// Prepacked 4-bit weights: tiles of 16 output rows; for each 8 consecutive k one 32-bit word a row, element k + j in
+// bits [4j, 4j + 4), so that a lane is an output row. N is padded to 16. Weights of another shape keep their canonical
+// bytes.
 
 namespace {
 

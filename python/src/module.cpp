@@ -1,4 +1,5 @@
-// polybit._C: load backend libraries, list them, and call an op with torch tensors, without linking torch or knowing any op.
+// polybit._C: load backend libraries, list them, and call an op with torch tensors, without linking torch or knowing
+// any op.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -97,7 +98,8 @@ bool describe(PyObject *object, DLTensor &out, std::vector<PyObject *> &owned) {
 bool Call::tensor(PyObject *object, char kind, const DLTensor **out) {
   tensors_.emplace_back();
   DLTensor &dl = tensors_.back();
-  if (!describe(object, dl, owned_)) return PyErr_Occurred() ? false : fail(PyExc_TypeError, "an argument is no tensor");
+  if (!describe(object, dl, owned_))
+    return PyErr_Occurred() ? false : fail(PyExc_TypeError, "an argument is no tensor");
   if (!is_contiguous(dl)) {
     if (kind == 'm' || kind == 'M') return fail(unsupported_error, "a tensor changed in place must be contiguous");
     PyObject *copy = PyObject_CallMethodNoArgs(object, contiguous_name);
@@ -108,7 +110,8 @@ bool Call::tensor(PyObject *object, char kind, const DLTensor **out) {
   if (!first_) {
     first_ = object;
     device_ = dl.device;
-  } else if (kind != 'o' && (dl.device.device_type != device_.device_type || dl.device.device_id != device_.device_id)) {
+  } else if (kind != 'o' &&
+             (dl.device.device_type != device_.device_type || dl.device.device_id != device_.device_id)) {
     return fail(PyExc_ValueError, "all tensors must be on one device");
   }
   dl.data = static_cast<char *>(dl.data) + dl.byte_offset;
@@ -191,7 +194,8 @@ pb_status Call::run(void *stream, std::string &reason) {
       reason = "asked for scratch that it already had";
       return PB_ERROR;
     }
-    PyObject *bytes = PyObject_CallFunction(torch_api.empty_bytes, "KO", static_cast<unsigned long long>(context.scratch_needed), first_);
+    PyObject *bytes = PyObject_CallFunction(torch_api.empty_bytes, "KO",
+                                            static_cast<unsigned long long>(context.scratch_needed), first_);
     if (!bytes) throw py::error_already_set();
     owned_.push_back(bytes);
     DLTensor dl;
@@ -217,8 +221,11 @@ PyObject *call(PyObject *self, PyObject *const *args, Py_ssize_t count) {
     std::string reason;
     const pb_status status = arguments.run(stream, reason);
     if (status == PB_OK) Py_RETURN_NONE;
-    PyObject *type = status == PB_UNSUPPORTED ? unsupported_error : status == PB_BAD_INDEX ? PyExc_IndexError : PyExc_RuntimeError;
-    PyErr_SetString(type, (bound->op + " (" + bound->backend + "): " + (reason.empty() ? "no reason given" : reason)).c_str());
+    PyObject *type = status == PB_UNSUPPORTED ? unsupported_error
+                     : status == PB_BAD_INDEX ? PyExc_IndexError
+                                              : PyExc_RuntimeError;
+    PyErr_SetString(
+        type, (bound->op + " (" + bound->backend + "): " + (reason.empty() ? "no reason given" : reason)).c_str());
   } catch (py::error_already_set &error) {
     error.restore();
   } catch (const std::exception &error) {
@@ -226,13 +233,16 @@ PyObject *call(PyObject *self, PyObject *const *args, Py_ssize_t count) {
   }
   return nullptr;
 }
-PyMethodDef call_method = {"kernel", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(call)), METH_FASTCALL, nullptr};
+PyMethodDef call_method = {"kernel", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(call)), METH_FASTCALL,
+                           nullptr};
 
 py::object bind(const pb::Backend &backend, size_t op) {
   if (!backend.kernels[op]) return py::none();
   const pb::Op &row = pb::op_table()[op];
   auto *bound = new Bound{backend.kernels[op], row.name, backend.name, row.kinds, backend.device_type == kDLCPU};
-  py::capsule self(bound, "polybit.Bound", [](PyObject *capsule) { delete static_cast<Bound *>(PyCapsule_GetPointer(capsule, "polybit.Bound")); });
+  py::capsule self(bound, "polybit.Bound", [](PyObject *capsule) {
+    delete static_cast<Bound *>(PyCapsule_GetPointer(capsule, "polybit.Bound"));
+  });
   return py::reinterpret_steal<py::object>(PyCFunction_NewEx(&call_method, self.ptr(), nullptr));
 }
 
