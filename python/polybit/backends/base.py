@@ -9,7 +9,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 from polybit import _C
 
 Kernel = Callable[[int, tuple[Any, ...], tuple[Any, ...]], None]
-"""``kernel(stream, args, outs)``: args in schema order, outs as allocated. Raises :class:`Unsupported` before any work."""
+"""``kernel(stream, args, outs)``: args in schema order, outs as allocated. May raise Unsupported before any work."""
 
 Unsupported: type[RuntimeError] = _C.Unsupported
 
@@ -45,7 +45,7 @@ class Backend(Protocol):
 
 @dataclass(frozen=True)
 class BackendInfo:
-    """One line of ``polybit info``. A source that could not be loaded at all has the name of its file or entry point."""
+    """One line of ``polybit info``. A source that could not be loaded has the name of its file or entry point."""
 
     name: str
     device_type: str

@@ -46,7 +46,9 @@ class Catalogue:
 
     def families(self) -> tuple[str, ...]:
         """The families whose library lies beside the package."""
-        return tuple(sorted(path.name.split(".")[0].removeprefix("libpolybit_") for path in LIBRARY_FOLDER.glob("libpolybit_*")))
+        return tuple(
+            sorted(path.name.split(".")[0].removeprefix("libpolybit_") for path in LIBRARY_FOLDER.glob("libpolybit_*"))
+        )
 
     def add(self, backends: list[Backend]) -> list[str]:
         """Append backends; refuses a name that is taken."""
@@ -81,7 +83,9 @@ def _load(source: object) -> list[Backend]:
         return [backend for item in source for backend in _load(item)]
     if callable(source):
         return _load(source())
-    raise TypeError(f"a backend source is a path, a Backend or a callable that returns one, got {type(source).__name__}")
+    raise TypeError(
+        f"a backend source is a path, a Backend or a callable that returns one, got {type(source).__name__}"
+    )
 
 
 catalogue = Catalogue()
@@ -90,7 +94,7 @@ catalogue = Catalogue()
 def load_backend(path: str | Path) -> list[str]:
     """Load a backend library from ``path`` and return the names of its backends.
 
-    They are used when named (``POLYBIT_BACKEND``, :func:`polybit.backend`) or when no earlier backend takes their device.
+    They are used when named (``POLYBIT_BACKEND``, :func:`polybit.backend`) or when nothing else takes their device.
 
     Raises:
         BackendError: the library cannot be loaded, was built for another op table, or brings a name that is taken.

@@ -67,10 +67,14 @@ class Selection:
         matches = [backend for backend in catalogue.backends if name in (backend.name, family(backend.name))]
         if not any(not backend.reason for backend in matches):
             what = "is not usable here" if matches else "is unknown"
-            raise BackendError(f"backend {name!r} {what}. Known:\n" + "\n".join(_describe(info) for info in list_backends()))
+            raise BackendError(
+                f"backend {name!r} {what}. Known:\n" + "\n".join(_describe(info) for info in list_backends())
+            )
 
     def _candidates(self, device_type: str) -> Iterator[Backend]:
-        usable = [backend for backend in catalogue.backends if backend.device_type == device_type and not backend.reason]
+        usable = [
+            backend for backend in catalogue.backends if backend.device_type == device_type and not backend.reason
+        ]
         if self.allow is None:
             yield from (backend for backend in usable if family(backend.name) != "emulator")
             return
