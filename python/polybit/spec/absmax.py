@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import codebooks
-from .base import Op, Sample, block_count, check_device, check_tensor, fail, tree_sum
+from .base import Op, Sample, block_count, check_tensor, empty_like, fail, tree_sum
 from .blockwise import quantize_values
 
 NESTED_BLOCK = 256
@@ -49,7 +49,6 @@ def quantize_alloc(absmax: Tensor, code: Tensor) -> tuple[Tensor, ...]:
     op = "quantize_absmax"
     check_tensor(op, "absmax", absmax, torch.float32)
     check_tensor(op, "code", code, torch.float32, 256)
-    check_device(op, absmax, code=code)
     device = absmax.device
     nested = torch.empty(block_count(absmax.numel(), NESTED_BLOCK), dtype=torch.float32, device=device)
     q = torch.empty(absmax.shape, dtype=torch.uint8, device=device)
@@ -82,9 +81,8 @@ def dequantize_alloc(
     check_tensor(op, "nested_absmax", nested_absmax, torch.float32)
     check_tensor(op, "nested_code", nested_code, torch.float32, 256)
     check_tensor(op, "nested_offset", nested_offset, torch.float32, 1)
-    check_device(op, q, nested_absmax=nested_absmax, nested_code=nested_code, nested_offset=nested_offset)
     check_places(op, q.numel(), nested_absmax.numel(), block_offset, row_blocks, block_stride)
-    return (torch.empty(q.shape, dtype=torch.float32, device=q.device),)
+    return (empty_like(q, torch.float32),)
 
 
 def dequantize_reference(

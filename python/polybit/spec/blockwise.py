@@ -16,10 +16,10 @@ from .base import (
     absmax_bits,
     block_count,
     check_block,
-    check_device,
     check_float,
     check_out_dtype,
     check_tensor,
+    empty_like,
     rank,
     reciprocal,
     to_blocks,
@@ -53,8 +53,7 @@ def quantize_alloc(x: Tensor, code: Tensor, block: int) -> tuple[Tensor, ...]:
     check_float(op, "x", x)
     check_tensor(op, "code", code, torch.float32, 256)
     check_block(op, block)
-    check_device(op, x, code=code)
-    q = torch.empty(x.shape, dtype=torch.uint8, device=x.device)
+    q = empty_like(x, torch.uint8)
     return q, torch.empty(block_count(x.numel(), block), dtype=torch.float32, device=x.device)
 
 
@@ -71,8 +70,7 @@ def dequantize_alloc(q: Tensor, absmax: Tensor, code: Tensor, block: int, dtype:
     check_tensor(op, "absmax", absmax, torch.float32, block_count(q.numel(), block))
     check_tensor(op, "code", code, torch.float32, 256)
     check_out_dtype(op, dtype)
-    check_device(op, q, absmax=absmax, code=code)
-    return (torch.empty(q.shape, dtype=dtype, device=q.device),)
+    return (empty_like(q, dtype),)
 
 
 def dequantize_reference(q: Tensor, absmax: Tensor, code: Tensor, block: int, dtype: torch.dtype) -> tuple[Tensor, ...]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import codebooks
-from .base import FLOATS, INDICES, Op, Sample, check_device, check_out_dtype, check_tensor, fail, fail_type
+from .base import FLOATS, INDICES, Op, Sample, check_out_dtype, check_tensor, fail, fail_type
 from .blockwise import noise
 from .int8 import dequantize_reference as dequantize_int8
 from .int8 import quantize_reference as quantize_int8
@@ -43,7 +43,6 @@ def kbit_alloc(index: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     check_index(op, index)
     check_out_dtype(op, dtype)
     check_weight(op, n * k, k, run, block, bits, block_offset, block_stride)
-    check_device(op, index, q=run[0])
     return (torch.empty((*index.shape, k), dtype=dtype, device=index.device),)
 
 
@@ -63,7 +62,6 @@ def int8_alloc(index: Tensor, q: Tensor, absmax: Tensor, dtype: torch.dtype) -> 
         raise fail(op, "q", "2-D", f"{q.dim()}-D")
     check_tensor(op, "absmax", absmax, torch.float32, q.shape[0])
     check_out_dtype(op, dtype)
-    check_device(op, index, q=q, absmax=absmax)
     return (torch.empty((*index.shape, q.shape[1]), dtype=dtype, device=index.device),)
 
 

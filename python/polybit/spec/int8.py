@@ -14,10 +14,10 @@ from .base import (
     Op,
     Sample,
     absmax_bits,
-    check_device,
     check_float,
     check_out_dtype,
     check_tensor,
+    empty_like,
     fail,
     reciprocal,
 )
@@ -75,8 +75,7 @@ def dequantize_alloc(q: Tensor, absmax: Tensor, dtype: torch.dtype) -> tuple[Ten
     features(op, "q", q)
     check_tensor(op, "absmax", absmax, torch.float32, math.prod(q.shape[:-1]))
     check_out_dtype(op, dtype)
-    check_device(op, q, absmax=absmax)
-    return (torch.empty(q.shape, dtype=dtype, device=q.device),)
+    return (empty_like(q, dtype),)
 
 
 def dequantize_reference(q: Tensor, absmax: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
@@ -94,7 +93,6 @@ def matmul_alloc(a: Tensor, b: Tensor) -> tuple[Tensor, ...]:
     if b.dim() != 2 or b.shape[1] != k:
         raise fail(op, "b", f"of shape [N, {k}]", list(b.shape))
     check_longest(op, "a", k)
-    check_device(op, a, b=b)
     return (torch.empty((*a.shape[:-1], b.shape[0]), dtype=torch.int32, device=a.device),)
 
 
@@ -109,7 +107,6 @@ def check_weight(op: str, weight: Tensor, weight_absmax: Tensor, x: Tensor) -> N
     if weight.dim() != 2:
         raise fail(op, "weight", "2-D", f"{weight.dim()}-D")
     check_tensor(op, "weight_absmax", weight_absmax, torch.float32, weight.shape[0])
-    check_device(op, x, weight=weight, weight_absmax=weight_absmax)
 
 
 def linear_alloc(

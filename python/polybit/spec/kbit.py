@@ -18,7 +18,6 @@ from .base import (
     block_count,
     check_bits,
     check_block,
-    check_device,
     check_float,
     check_out_dtype,
     check_tensor,
@@ -123,7 +122,6 @@ def quantize_alloc(
     check_tensor(op, "order", order, torch.uint8, levels)
     if search not in (0, 1):
         raise fail(op, "search", "0 or 1", search)
-    check_device(op, x, code=code, thresholds=thresholds, order=order)
     count, device = x.numel(), x.device
     q = torch.empty(byte_count(count, bits), dtype=torch.uint8, device=device)
     return q, torch.empty(block_count(count, block), dtype=torch.float32, device=device)
@@ -160,21 +158,11 @@ def check_weight(
         if nested_absmax is not None or nested_code is not None or nested_offset is not None:
             raise fail(op, "nested_absmax, nested_code, nested_offset", "all given or all None", "a part of them")
         check_tensor(op, "absmax", absmax, torch.float32, blocks)
-        check_device(op, q, absmax=absmax, code=code)
         return
     check_tensor(op, "absmax", absmax, torch.uint8, blocks)
     check_tensor(op, "nested_absmax", nested_absmax, torch.float32)
     check_tensor(op, "nested_code", nested_code, torch.float32, 256)
     check_tensor(op, "nested_offset", nested_offset, torch.float32, 1)
-    check_device(
-        op,
-        q,
-        absmax=absmax,
-        code=code,
-        nested_absmax=nested_absmax,
-        nested_code=nested_code,
-        nested_offset=nested_offset,
-    )
     if block_stride and last_dimension % block:
         raise fail(op, "block", f"a divisor of the last dimension {last_dimension} when block_stride is set", block)
     scales.check_places(op, blocks, nested_absmax.numel(), block_offset, last_dimension // block, block_stride)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import codebooks
-from .base import FLOATS, Op, Sample, check_device, check_float, check_out_dtype, check_tensor, fail
+from .base import FLOATS, Op, Sample, check_float, check_out_dtype, check_tensor, fail
 from .blockwise import noise
 from .kbit import check_weight, element_scales, moved, unpack, weight, weight_values
 
@@ -26,7 +26,6 @@ def check_bias(op: str, bias: Tensor | None, n: int, dtype: torch.dtype, x: Tens
     """bias is [n], of the dtype of the output."""
     if bias is not None:
         check_tensor(op, "bias", bias, dtype, n)
-        check_device(op, x, bias=bias)
 
 
 def add_bias(y: Tensor, bias: Tensor | None) -> Tensor:
@@ -44,11 +43,9 @@ def forward_alloc(x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     check_float(op, "x", x)
     k = features(op, "x", x)
     check_weight(op, n * k, k, run, block, bits, block_offset, block_stride)
-    check_device(op, x, q=run[0])
     check_bias(op, bias, n, x.dtype, x)
     if packed is not None:
         check_tensor(op, "packed", packed, torch.uint8)
-        check_device(op, x, packed=packed)
     return (torch.empty((*x.shape[:-1], n), dtype=x.dtype, device=x.device),)
 
 
@@ -66,7 +63,6 @@ def transposed_alloc(dy: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     *run, k, block, bits, block_offset, block_stride = rest
     check_float(op, "dy", dy)
     check_weight(op, features(op, "dy", dy) * k, k, run, block, bits, block_offset, block_stride)
-    check_device(op, dy, q=run[0])
     return (torch.empty((*dy.shape[:-1], k), dtype=dy.dtype, device=dy.device),)
 
 
@@ -86,7 +82,6 @@ def check_groups(op: str, argument: str, x: Tensor, group_end: Tensor) -> None:
     check_tensor(op, "group_end", group_end, torch.int32)
     if group_end.dim() != 1:
         raise fail(op, "group_end", "1-D", f"{group_end.dim()}-D")
-    check_device(op, x, group_end=group_end)
 
 
 def grouped_alloc(x: Tensor, group_end: Tensor, *rest: Any) -> tuple[Tensor, ...]:
@@ -96,7 +91,6 @@ def grouped_alloc(x: Tensor, group_end: Tensor, *rest: Any) -> tuple[Tensor, ...
     check_groups(op, "x", x, group_end)
     k = x.shape[1]
     check_weight(op, group_end.shape[0] * n * k, k, run, block, bits, block_offset, block_stride)
-    check_device(op, x, q=run[0])
     return (torch.empty((x.shape[0], n), dtype=x.dtype, device=x.device),)
 
 
@@ -124,7 +118,6 @@ def grouped_transposed_alloc(dy: Tensor, group_end: Tensor, *rest: Any) -> tuple
     *run, k, block, bits, block_offset, block_stride = rest
     check_groups(op, "dy", dy, group_end)
     check_weight(op, group_end.shape[0] * dy.shape[1] * k, k, run, block, bits, block_offset, block_stride)
-    check_device(op, dy, q=run[0])
     return (torch.empty((dy.shape[0], k), dtype=dy.dtype, device=dy.device),)
 
 
@@ -146,7 +139,6 @@ def int8_alloc(x: Tensor, x_absmax: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     y = torch.empty((*x.shape[:-1], n), dtype=dtype, device=x.device)
     check_tensor(op, "x_absmax", x_absmax, torch.float32, math.prod(x.shape[:-1]))
     check_weight(op, n * k, k, run, block, bits, block_offset, block_stride)
-    check_device(op, x, x_absmax=x_absmax, q=run[0])
     check_bias(op, bias, n, dtype, x)
     return (y,)
 
