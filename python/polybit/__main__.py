@@ -1,0 +1,7 @@
+"""`python -m polybit`: the command line."""
+
+from __future__ import annotations
+
+from polybit.cli import main
+
+main()

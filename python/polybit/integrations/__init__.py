@@ -1,0 +1,1 @@
+"""Where polybit meets other libraries; each module imports its library, and nothing else imports these."""
