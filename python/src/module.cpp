@@ -261,6 +261,7 @@ py::list load(const std::string &path) {
 }
 
 void set_torch(py::object exchange_api, py::object to_dlpack, py::object empty_bytes) {
+  torch_api.describe = nullptr;
   if (!exchange_api.is_none()) {
     auto *api = static_cast<const DLPackExchangeAPI *>(PyCapsule_GetPointer(exchange_api.ptr(), "dlpack_exchange_api"));
     if (!api) throw py::error_already_set();

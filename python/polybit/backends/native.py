@@ -19,11 +19,13 @@ def _empty_bytes(count: int, like: torch.Tensor) -> torch.Tensor:
     return torch.empty(count, dtype=torch.uint8, device=like.device)
 
 
-_C.set_torch(
-    getattr(torch.Tensor, "__dlpack_c_exchange_api__", None),
-    torch._C._to_dlpack,
-    _empty_bytes,
-)
+def bind_torch(*, exchange_api: bool = True) -> None:
+    """Tell the binder how to read tensors: DLPack's exchange API where torch has it (2.10 on), else capsules."""
+    api = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None) if exchange_api else None
+    _C.set_torch(api, torch._C._to_dlpack, _empty_bytes)
+
+
+bind_torch()
 
 
 @dataclass(frozen=True)
