@@ -117,5 +117,5 @@ def test_strided_views_are_changed_in_place(variant: str) -> None:
 
 def test_the_wrong_device_is_refused() -> None:
     x = torch.randn(64)
-    with pytest.raises((RuntimeError, ValueError), match="code must be on cpu, got meta"):
+    with pytest.raises((RuntimeError, ValueError), match="all tensors must be on one device, got cpu, meta"):
         torch.ops.polybit.quantize_blockwise(x, CODE.to("meta"), 64)
