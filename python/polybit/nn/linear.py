@@ -2,108 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, TypeVar, cast
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from polybit import checkpoint, functional
+from polybit import functional
 from polybit.formats import Format, get_format
+from polybit.nn.module import QuantizedModule, check_sizes, check_weight
 from polybit.qtensor import QTensor, check_block_size, quantize
 
-Self = TypeVar("Self", bound="QuantizedLinear")
+Kbit = TypeVar("Kbit", bound="LinearKbit")
+Int8 = TypeVar("Int8", bound="Linear8bit")
 
 
-class QuantizedLinear(nn.Module):
-    """What the quantized linear layers share: a QTensor weight [out, in], an optional bias, and a plain state dict.
-
-    state_dict() holds plain tensors only (polybit.checkpoint has the layout). load_state_dict() takes them back, into a
-    module of the same format, block size and double quantization, with `assign=True` also on the meta device; a damaged
-    entry raises ValueError and leaves this module as it was.
-    """
+class QuantizedLinear(QuantizedModule):
+    """What the quantized linear layers share: a weight [out_features, in_features] and an optional bias."""
 
     in_features: int
     out_features: int
-    weight: QTensor
     bias: nn.Parameter | None
 
-    def _setup(self, weight: Tensor, bias: nn.Parameter | None, quantized: QTensor) -> None:
+    def _setup(self, weight: QTensor, bias: nn.Parameter | None) -> None:
         self.out_features, self.in_features = weight.shape
-        self.register_parameter("weight", nn.Parameter(quantized, requires_grad=False))
+        self._adopt(weight)
         self.register_parameter("bias", bias)
 
-    def _apply(self: Self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        # torch moves or casts a wrapper parameter by swapping it, which fails once torch.compile or torch.export has
-        # seen it (they keep weak references). Nothing trains the weight, so it gets a new Parameter instead.
-        weight = self.weight
-        self._parameters["weight"] = None
-        try:
-            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-            weight = cast(QTensor, nn.Parameter(fn(weight.detach()), requires_grad=False))
-        finally:
-            self._parameters["weight"] = cast(nn.Parameter, weight)
-        return self
 
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        del destination[prefix + "weight"]
-        destination.update(checkpoint.to_tensors(self.weight, prefix + "weight"))
-
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        key = prefix + "weight"
-        mine = checkpoint.owned_keys(state_dict, key)
-        loaded = self._read(state_dict, key) if mine else None
-        rest = {name: value for name, value in state_dict.items() if name not in mine}
-        errors_before, missing = len(error_msgs), list[str]()
-        super()._load_from_state_dict(rest, prefix, local_metadata, strict, missing, unexpected_keys, error_msgs)
-        missing_keys.extend(name for name in missing if loaded is None or name != key)
-        if loaded is None or len(error_msgs) > errors_before:
-            return
-        with torch.no_grad():
-            if local_metadata.get("assign_to_params_buffers", False):
-                self.weight = cast(QTensor, nn.Parameter(loaded, requires_grad=False))
-            else:
-                self.weight.copy_(loaded)
-
-    def _read(self, state_dict: dict[str, Any], key: str) -> QTensor:
-        own = self.weight
-        loaded = checkpoint.from_tensors(state_dict, key, dtype=own.dtype if own.format.kind == "int8" else None)
-        if loaded.shape != own.shape:
-            raise ValueError(f"load_state_dict: {key} has shape {list(loaded.shape)}, wanted {list(own.shape)}")
-        if not own.same_layout(loaded):
-            raise ValueError(f"load_state_dict: {key} is {_describe(loaded)}, the module is {_describe(own)}")
-        loaded.search = own.search  # not recorded: it says how to quantize again, not how to read
-        return loaded
-
-
-def _describe(weight: QTensor) -> str:
-    return f"{weight.format_name}, block size {weight.block_size}, double_quant={weight.double_quant}"
-
-
-def _new_linear(
-    in_features: int, out_features: int, bias: bool, device: torch.device | str | None, dtype: torch.dtype | None
-) -> nn.Linear:
-    for name, size in (("in_features", in_features), ("out_features", out_features)):
-        if size < 1:
-            raise ValueError(f"{name} must be positive, got {size}")
-    return nn.Linear(in_features, out_features, bias, device=device, dtype=dtype)
-
-
-def _linear_format(format: str | Format) -> Format:
+def _kbit_format(format: str | Format) -> Format:
     format = get_format(format)
     if format.kind != "kbit":
         raise ValueError(f"LinearKbit: {format.name} is not a k-bit format; use Linear8bit for int8")
     return format
+
+
+def _check_threshold(threshold: float) -> None:
+    if not threshold >= 0:
+        raise ValueError(f"Linear8bit: threshold must be 0 or positive, got {threshold}")
 
 
 class LinearKbit(QuantizedLinear):
@@ -129,33 +64,51 @@ class LinearKbit(QuantizedLinear):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        format = _linear_format(format)
+        format = _kbit_format(format)
         check_block_size(block_size)
-        linear = _new_linear(in_features, out_features, bias, device, dtype)
-        self._from(linear, format, block_size, double_quant, search)
+        check_sizes(in_features=in_features, out_features=out_features)
+        dense = nn.Linear(in_features, out_features, bias, device=device, dtype=dtype)
+        weight = quantize(dense.weight, format, block_size=block_size, double_quant=double_quant, search=search)
+        self._setup(weight, dense.bias)
 
-    def _from(self, linear: nn.Linear, format: Format, block_size: int, double_quant: bool, search: bool) -> None:
-        quantized = quantize(
-            linear.weight.detach(), format, block_size=block_size, double_quant=double_quant, search=search
-        )
-        self._setup(linear.weight, linear.bias, quantized)
+    @classmethod
+    def from_weight(cls: type[Kbit], weight: QTensor, bias: nn.Parameter | None = None) -> Kbit:
+        """A layer of a k-bit QTensor [out, in]; a Parameter is shared, not copied. Raises TypeError or ValueError."""
+        check_weight(cls.__name__, weight, "kbit")
+        self = cls.__new__(cls)
+        nn.Module.__init__(self)
+        self._setup(weight, bias)
+        return self
 
     @classmethod
     def from_linear(
-        cls: type[Self],
+        cls: type[Kbit],
         linear: nn.Linear,
         format: str | Format = "nf4",
         *,
         block_size: int = 64,
         double_quant: bool = True,
         search: bool = False,
-    ) -> Self:
+    ) -> Kbit:
         """A layer with the quantized weight of `linear`, on its device; the bias parameter is shared, not copied."""
-        self = cls.__new__(cls)
-        nn.Module.__init__(self)
-        assert isinstance(self, LinearKbit)
-        self._from(linear, _linear_format(format), block_size, double_quant, search)
-        return self.train(linear.training)
+        dense, format = linear.weight, _kbit_format(format)
+        weight = quantize(dense, format, block_size=block_size, double_quant=double_quant, search=search)
+        return cls.from_weight(weight, linear.bias).train(linear.training)
+
+    @classmethod
+    def from_conv1d(
+        cls: type[Kbit],
+        conv1d: nn.Module,
+        format: str | Format = "nf4",
+        *,
+        block_size: int = 64,
+        double_quant: bool = True,
+        search: bool = False,
+    ) -> Kbit:
+        """A layer that does what the Conv1D of GPT-2 does: its weight [in, out], transposed, is quantized."""
+        dense, format = transposed_weight(conv1d), _kbit_format(format)
+        weight = quantize(dense, format, block_size=block_size, double_quant=double_quant, search=search)
+        return cls.from_weight(weight, conv1d.bias).train(conv1d.training)  # type: ignore[arg-type]
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in_features] -> [..., out_features], in x's dtype."""
@@ -181,6 +134,8 @@ class Linear8bit(QuantizedLinear):
     rounding taken as the identity) and the bias. Raises ValueError for a negative threshold or a wrong size.
     """
 
+    threshold: float
+
     def __init__(
         self,
         in_features: int,
@@ -192,22 +147,36 @@ class Linear8bit(QuantizedLinear):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self._from(_new_linear(in_features, out_features, bias, device, dtype), threshold)
-
-    def _from(self, linear: nn.Linear, threshold: float) -> None:
-        if not threshold >= 0:
-            raise ValueError(f"Linear8bit: threshold must be 0 or positive, got {threshold}")
+        _check_threshold(threshold)
+        check_sizes(in_features=in_features, out_features=out_features)
+        dense = nn.Linear(in_features, out_features, bias, device=device, dtype=dtype)
         self.threshold = float(threshold)
-        self._setup(linear.weight, linear.bias, quantize(linear.weight.detach(), "int8"))
+        self._setup(quantize(dense.weight, "int8"), dense.bias)
 
     @classmethod
-    def from_linear(cls: type[Self], linear: nn.Linear, *, threshold: float = 6.0) -> Self:
-        """A layer with the quantized weight of `linear`, on its device; the bias parameter is shared, not copied."""
+    def from_weight(
+        cls: type[Int8], weight: QTensor, bias: nn.Parameter | None = None, *, threshold: float = 6.0
+    ) -> Int8:
+        """A layer of an int8 QTensor [out, in]; a Parameter is shared, not copied. Raises TypeError or ValueError."""
+        check_weight(cls.__name__, weight, "int8")
+        _check_threshold(threshold)
         self = cls.__new__(cls)
         nn.Module.__init__(self)
-        assert isinstance(self, Linear8bit)
-        self._from(linear, threshold)
-        return self.train(linear.training)
+        self.threshold = float(threshold)
+        self._setup(weight, bias)
+        return self
+
+    @classmethod
+    def from_linear(cls: type[Int8], linear: nn.Linear, *, threshold: float = 6.0) -> Int8:
+        """A layer with the quantized weight of `linear`, on its device; the bias parameter is shared, not copied."""
+        weight = quantize(linear.weight, "int8")
+        return cls.from_weight(weight, linear.bias, threshold=threshold).train(linear.training)
+
+    @classmethod
+    def from_conv1d(cls: type[Int8], conv1d: nn.Module, *, threshold: float = 6.0) -> Int8:
+        """A layer that does what the Conv1D of GPT-2 does: its weight [in, out], transposed, is quantized."""
+        weight = quantize(transposed_weight(conv1d), "int8")
+        return cls.from_weight(weight, conv1d.bias, threshold=threshold).train(conv1d.training)  # type: ignore[arg-type]
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in_features] -> [..., out_features], in x's dtype."""
@@ -218,3 +187,22 @@ class Linear8bit(QuantizedLinear):
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"threshold={self.threshold}"
         )
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether this is the Conv1D of GPT-2 (transformers.pytorch_utils): y = x W + b with W [in, out = nf].
+
+    Known by its name and attributes, so that transformers need not be installed.
+    """
+    if type(module).__name__ != "Conv1D":
+        return False
+    weight, nf = getattr(module, "weight", None), getattr(module, "nf", None)
+    return isinstance(weight, Tensor) and weight.dim() == 2 and weight.shape[1] == nf
+
+
+def transposed_weight(conv1d: nn.Module) -> Tensor:
+    """The weight of a Conv1D as that of a Linear, [out, in]. Raises TypeError if it is no Conv1D."""
+    if not is_conv1d(conv1d):
+        raise TypeError(f"from_conv1d: expected the Conv1D of GPT-2 (weight [in, nf]), got {type(conv1d).__name__}")
+    assert isinstance(conv1d.weight, Tensor)
+    return conv1d.weight.t()

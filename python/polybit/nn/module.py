@@ -1,0 +1,142 @@
+"""What the quantized modules share: a QTensor weight, ties between modules, a state dict of plain tensors."""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from polybit import checkpoint
+from polybit.qtensor import QTensor
+
+Self = TypeVar("Self", bound="QuantizedModule")
+
+# By weight: the function that moved or cast it (None: it was loaded) and what replaced it, as long as both exist.
+# A module whose weight is shared finds here what the weight became elsewhere, and shares that.
+_successors = WeakTensorKeyDictionary()
+
+
+def _successor(weight: Tensor) -> tuple[Any, QTensor | None]:
+    if weight not in _successors:
+        return None, None
+    fn, reference = _successors[weight]
+    return fn, reference()
+
+
+def _succeed(weight: Tensor, fn: Any, quantized: Tensor) -> QTensor:
+    new = nn.Parameter(quantized, requires_grad=False)
+    _successors[weight] = (fn, weakref.ref(new))
+    return cast(QTensor, new)
+
+
+class QuantizedModule(nn.Module):
+    """A module with a frozen QTensor weight and a plain state dict.
+
+    state_dict() holds plain tensors only (polybit.checkpoint has the layout). load_state_dict() takes them back, into a
+    module of the same format, block size and double quantization, with `assign=True` also on the meta device; a damaged
+    entry raises ValueError and leaves this module as it was.
+
+    Modules may share one weight (a tied embedding and head): it stays shared when the model that holds them is moved,
+    cast, copied or loaded. As for any shared Parameter of torch, the state dict has the entries of each module, sharing
+    storage; if loading with `assign=True` finds different bytes in them, each module keeps its own.
+    """
+
+    weight: QTensor
+
+    def _adopt(self, weight: QTensor) -> None:
+        # A Parameter is registered as it is, so that modules can share it.
+        parameter = weight if isinstance(weight, nn.Parameter) else nn.Parameter(weight, requires_grad=False)
+        self.register_parameter("weight", parameter)
+
+    def _apply(self: Self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        # torch moves or casts a wrapper parameter by swapping it, which fails once torch.compile or torch.export has
+        # seen it (they keep weak references). Nothing trains the weight, so it gets a new Parameter instead.
+        weight = self.weight
+        self._parameters["weight"] = None
+        try:
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+            mover, moved = _successor(weight)
+            weight = moved if moved is not None and mover is fn else _succeed(weight, fn, fn(weight.detach()))
+        finally:
+            self._parameters["weight"] = cast(nn.Parameter, weight)
+        return self
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        del destination[prefix + "weight"]
+        destination.update(checkpoint.to_tensors(self.weight, prefix + "weight"))
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        key = prefix + "weight"
+        mine = checkpoint.owned_keys(state_dict, key)
+        loaded = self._read(state_dict, key) if mine else None
+        rest = {name: value for name, value in state_dict.items() if name not in mine}
+        errors_before, missing = len(error_msgs), list[str]()
+        super()._load_from_state_dict(rest, prefix, local_metadata, strict, missing, unexpected_keys, error_msgs)
+        missing_keys.extend(name for name in missing if loaded is None or name != key)
+        if loaded is None or len(error_msgs) > errors_before:
+            return
+        with torch.no_grad():
+            if local_metadata.get("assign_to_params_buffers", False):
+                _, shared = _successor(self.weight)
+                same = shared is not None and _same_bytes(shared, loaded)
+                self.weight = shared if shared is not None and same else _succeed(self.weight, None, loaded)
+            else:
+                if self.weight.is_meta and not loaded.is_meta:
+                    warnings.warn(f"for {key}: copied to the meta device, a no-op; pass assign=True", stacklevel=2)
+                self.weight.copy_(loaded)
+
+    def _read(self, state_dict: dict[str, Any], key: str) -> QTensor:
+        own = self.weight
+        loaded = checkpoint.from_tensors(state_dict, key, dtype=own.dtype if own.format.kind == "int8" else None)
+        if loaded.shape != own.shape:
+            raise ValueError(f"load_state_dict: {key} has shape {list(loaded.shape)}, wanted {list(own.shape)}")
+        if not own.same_layout(loaded):
+            raise ValueError(f"load_state_dict: {key} is {_describe(loaded)}, the module is {_describe(own)}")
+        loaded.search = own.search  # not recorded: it says how to quantize again, not how to read
+        return loaded
+
+
+def _describe(weight: QTensor) -> str:
+    return f"{weight.format_name}, block size {weight.block_size}, double_quant={weight.double_quant}"
+
+
+def _same_bytes(a: QTensor, b: QTensor) -> bool:
+    if not a.same_layout(b) or a.dtype != b.dtype or a.device != b.device:
+        return False
+    theirs = b.inner_tensors()
+    return a.is_meta or all(
+        torch.equal(inner.reshape(-1).view(torch.uint8), theirs[name].reshape(-1).view(torch.uint8))
+        for name, inner in a.inner_tensors().items()
+    )
+
+
+def check_weight(what: str, weight: Tensor, *kinds: str) -> None:
+    """Raise unless `weight` is a QTensor [rows, columns] whose format is of one of `kinds`."""
+    if not isinstance(weight, QTensor):
+        raise TypeError(f"{what}: weight must be a QTensor, got {type(weight).__name__}")
+    if weight.dim() != 2:
+        raise ValueError(f"{what}: weight must have 2 dimensions, got {list(weight.shape)}")
+    if weight.format.kind not in kinds:
+        raise ValueError(f"{what}: weight must be {' or '.join(kinds)}, got {weight.format_name}")
+
+
+def check_sizes(**sizes: int) -> None:
+    """Raise ValueError unless every size is positive."""
+    for name, size in sizes.items():
+        if size < 1:
+            raise ValueError(f"{name} must be positive, got {size}")
