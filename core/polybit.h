@@ -35,6 +35,7 @@ typedef struct pb_context {
   uint64_t scratch_needed; /* written by a kernel that returns PB_SCRATCH */
   uint64_t thread_count;   /* how many threads parallel_for uses at most */
   void (*parallel_for)(int64_t count, int64_t grain, pb_range_body body, void *arg); /* CPU backends; else null */
+  uint64_t deterministic; /* not 0: a row of a result may depend on that row alone, not on M nor on the kernel chosen */
 } pb_context;
 
 typedef struct pb_tensor_list {

@@ -1,4 +1,5 @@
 // Row-wise int8 quantization with outlier columns (docs/numerics.md, "int8").
+#include "math/int8.h"
 
 namespace {
 
@@ -73,8 +74,7 @@ inline void quantize_int8_rows(pb_context *ctx, D dtype, const typename D::type 
       const typename D::type *row = x + r * k;
       const uint32_t bits = row_absmax_bits(dtype, row, k, skip, threshold);
       absmax[r] = pb::stored_absmax(bits);
-      const float factor = pb::is_zero_block(bits) ? 0.0f : 127.0f / absmax[r];
-      quantize_row(dtype, row, k, factor, skip ? outlier : nullptr, q + r * k);
+      quantize_row(dtype, row, k, pb::int8_factor(bits), skip ? outlier : nullptr, q + r * k);
     }
   });
 }
@@ -91,7 +91,7 @@ pb_status quantize_int8(pb_context *ctx, const pb_quantize_int8_args *a) {
 
 template <class D>
 inline void dequantize_row(D, const int8_t *q, int64_t k, float absmax, typename D::type *y) {
-  const simd::F scale = simd::set1(absmax), step = simd::set1(0.007874015718698502f);  // the fp32 nearest 1/127
+  const simd::F scale = simd::set1(absmax), step = simd::set1(pb::inverse_127());
   int64_t c = 0;
   for (; c + simd::W <= k; c += simd::W)
     D::store(y + c, simd::mul(simd::mul(simd::to_float(simd::load_s8(q + c)), scale), step));

@@ -1,70 +1,79 @@
-// The loops that every product shares: panels of a weight are decoded to fp32 on the stack, never the whole of it.
+// The loops that every product shares: panels of a weight are decoded on the stack, never the whole of it.
 // A weight is anything with decode(row, begin, count, float *out).
+#include "panel.h"
 
 namespace {
 
-// One lane sums a whole panel in sequence: a short panel keeps its rounding error as small as that of many lanes.
-constexpr int64_t panel_rows = 4, panel_columns = simd::W == 1 ? 128 : 1024, row_tile = 4;
+constexpr int64_t panel_rows_most = 16;
 
 // acc[m][r] += sum over c of x[m][c] * w[r][c], for ROWS rows of x and R of w.
-template <int ROWS, int R>
-inline void dot_tile(const float *x, int64_t ldx, const float *w, int64_t count, float *acc, int64_t ldacc) {
-  simd::F sum[ROWS][R];
+template <class P, int ROWS, int R>
+inline void dot_tile(const typename P::Element *x, int64_t ldx, const typename P::Element *w, int64_t count, float *acc,
+                     int64_t ldacc) {
+  typename P::Sums sums[ROWS][R];
   for (int m = 0; m < ROWS; m++)
-    for (int r = 0; r < R; r++) sum[m][r] = simd::zero();
+    for (int r = 0; r < R; r++) sums[m][r] = P::zero();
   int64_t c = 0;
-  for (; c + simd::W <= count; c += simd::W) {
-    simd::F value[R];
-    for (int r = 0; r < R; r++) value[r] = simd::load(w + r * panel_columns + c);
+  for (; c + P::step <= count; c += P::step) {
+    typename P::Values value[R];
+    for (int r = 0; r < R; r++) value[r] = P::load(w + r * panel_columns + c);
     for (int m = 0; m < ROWS; m++) {
-      const simd::F a = simd::load(x + m * ldx + c);
-      for (int r = 0; r < R; r++) sum[m][r] = simd::fma(a, value[r], sum[m][r]);
+      const typename P::Values a = P::load(x + m * ldx + c);
+      for (int r = 0; r < R; r++) P::add_products(sums[m][r], a, value[r]);
     }
   }
   if (c < count) {
-    const int rest = (int)(count - c);
     for (int r = 0; r < R; r++) {
-      const simd::F value = simd::load_n(w + r * panel_columns + c, rest);
-      for (int m = 0; m < ROWS; m++) sum[m][r] = simd::fma(simd::load_n(x + m * ldx + c, rest), value, sum[m][r]);
+      const typename P::Values value = P::load_n(w + r * panel_columns + c, count - c);
+      for (int m = 0; m < ROWS; m++) P::add_products(sums[m][r], P::load_n(x + m * ldx + c, count - c), value);
     }
   }
   for (int m = 0; m < ROWS; m++)
-    for (int r = 0; r < R; r++) acc[m * ldacc + r] += simd::reduce_add(sum[m][r]);
+    for (int r = 0; r < R; r++) acc[m * ldacc + r] += P::total(sums[m][r]);
 }
 
-template <int R>
-inline void dot_rows(const float *x, int64_t ldx, int64_t rows, const float *w, int64_t count, float *acc,
-                     int64_t ldacc) {
-  int64_t m = 0;
-  for (; m + row_tile <= rows; m += row_tile) dot_tile<row_tile, R>(x + m * ldx, ldx, w, count, acc + m * ldacc, ldacc);
-  for (; m < rows; m++) dot_tile<1, R>(x + m * ldx, ldx, w, count, acc + m * ldacc, ldacc);
+// ROWS rows of x with all `height` rows of a panel.
+template <class P, int ROWS>
+inline void dot_panel(const typename P::Element *x, int64_t ldx, const typename P::Element *panel, int64_t height,
+                      int64_t count, float *acc, int64_t ldacc) {
+  int64_t r = 0;
+  for (; r + P::tile <= height; r += P::tile)
+    dot_tile<P, ROWS, P::tile>(x, ldx, panel + r * panel_columns, count, acc + r, ldacc);
+  for (; r < height; r++) dot_tile<P, ROWS, 1>(x, ldx, panel + r * panel_columns, count, acc + r, ldacc);
 }
 
 // acc [rows, n] += x [rows, k] W^T, for the rows of W from first on. acc starts at zero.
-template <class Weight>
-inline void multiply(pb_context *ctx, const Weight &weight, int64_t first, const float *x, int64_t rows, int64_t n,
-                     int64_t k, float *acc) {
+template <class P, class Weight>
+inline void multiply(pb_context *ctx, P, const Weight &weight, int64_t first, const typename P::Element *x,
+                     int64_t rows, int64_t n, int64_t k, float *acc) {
+  // A tall panel saves passes over x, a low one stays in the first-level cache. Neither changes a sum.
+  const int64_t panel_rows = rows < P::tile ? 4 : panel_rows_most;
   parallel(ctx, ceil_div(n, panel_rows), grain_of(panel_rows * k * rows), [&](int64_t begin, int64_t end) {
-    alignas(64) float panel[panel_rows * panel_columns];
+    alignas(64) typename P::Element panel[panel_rows_most * panel_columns];
     for (int64_t tile = begin; tile < end; tile++) {
       const int64_t row = tile * panel_rows, height = min64(panel_rows, n - row);
       for (int64_t c = 0; c < k; c += panel_columns) {
         const int64_t count = min64(panel_columns, k - c);
-        for (int64_t r = 0; r < height; r++) weight.decode(first + row + r, c, count, panel + r * panel_columns);
-        if (height == panel_rows)
-          dot_rows<panel_rows>(x + c, k, rows, panel, count, acc + row, n);
-        else
-          for (int64_t r = 0; r < height; r++)
-            dot_rows<1>(x + c, k, rows, panel + r * panel_columns, count, acc + row + r, n);
+        for (int64_t r = 0; r < height; r++) P::decode(weight, first + row + r, c, count, panel + r * panel_columns);
+        int64_t m = 0;
+        for (; m + P::tile <= rows; m += P::tile)
+          dot_panel<P, P::tile>(x + m * k + c, k, panel, height, count, acc + m * n + row, n);
+        for (; m < rows; m++) dot_panel<P, 1>(x + m * k + c, k, panel, height, count, acc + m * n + row, n);
       }
     }
   });
 }
 
-// acc[c] += sum over r of dy[r] * w[r][c].
+// acc[c] += sum over r of dy[r] * w[r][c], r ascending.
 inline void add_rows(const float *dy, const float *w, int64_t height, int64_t count, float *acc) {
-  for (int64_t c = 0; c < count; c += simd::W) {
-    const int lanes = (int)min64(simd::W, count - c);
+  int64_t c = 0;
+  for (; c + simd::W <= count; c += simd::W) {
+    simd::F sum = simd::load(acc + c);
+    for (int64_t r = 0; r < height; r++) sum = simd::fma(simd::set1(dy[r]), simd::load(w + r * panel_columns + c), sum);
+    simd::store(acc + c, sum);
+  }
+  if (c < count) {
+    const int lanes = (int)(count - c);
     simd::F sum = simd::load_n(acc + c, lanes);
     for (int64_t r = 0; r < height; r++)
       sum = simd::fma(simd::set1(dy[r]), simd::load_n(w + r * panel_columns + c, lanes), sum);
@@ -78,11 +87,11 @@ inline void multiply_transposed(pb_context *ctx, const Weight &weight, int64_t f
                                 int64_t n, int64_t k, float *acc) {
   const int64_t strip = 256;
   parallel(ctx, ceil_div(k, strip), grain_of(strip * n * rows), [&](int64_t begin, int64_t end) {
-    alignas(64) float panel[panel_rows * panel_columns];
+    alignas(64) float panel[panel_rows_most * panel_columns];
     for (int64_t column = begin * strip; column < min64(end * strip, k); column += panel_columns) {
       const int64_t count = min64(panel_columns, min64(end * strip, k) - column);
-      for (int64_t row = 0; row < n; row += panel_rows) {
-        const int64_t height = min64(panel_rows, n - row);
+      for (int64_t row = 0; row < n; row += panel_rows_most) {
+        const int64_t height = min64(panel_rows_most, n - row);
         for (int64_t r = 0; r < height; r++) weight.decode(first + row + r, column, count, panel + r * panel_columns);
         for (int64_t m = 0; m < rows; m++) add_rows(dy + m * n + row, panel, height, count, acc + m * k + column);
       }
@@ -123,13 +132,17 @@ inline void clear(pb_context *ctx, float *p, int64_t n) {
   });
 }
 
+// n values of x in the type of the panel: x itself, or a converted copy in buffer.
 template <class D>
-inline const float *to_float32(pb_context *ctx, D dtype, const typename D::type *x, int64_t n, float *buffer) {
+inline const float *to_elements(pb_context *ctx, D dtype, const typename D::type *x, int64_t n, float *buffer) {
   parallel(ctx, n, 32768,
            [&](int64_t begin, int64_t end) { as_float32(dtype, x + begin, end - begin, buffer + begin); });
   return buffer;
 }
-inline const float *to_float32(pb_context *, Float32, const float *x, int64_t, float *) { return x; }
+inline const float *to_elements(pb_context *, Float32, const float *x, int64_t, float *) { return x; }
+#ifdef __AVX512BF16__
+inline const uint16_t *to_elements(pb_context *, BFloat16, const uint16_t *x, int64_t, uint16_t *) { return x; }
+#endif
 
 // y = acc + bias, rounded once.
 template <class D>
@@ -144,6 +157,28 @@ inline void finish(pb_context *ctx, D, const float *acc, const typename D::type 
         D::store_n(y + m * n + c, value, lanes);
       }
   });
+}
+
+// out = sum + bias, where body(x, rows, acc) adds the sums to zeros; x comes in the type of the panel P.
+template <class D, class P, class Body>
+inline pb_status product(pb_context *ctx, D dtype, P, const DLTensor *in, int64_t in_width, const DLTensor *bias,
+                         DLTensor *out, int64_t out_width, const Body &body) {
+  typedef typename P::Element Element;
+  const int64_t rows = out_width ? numel(out) / out_width : 0;
+  if (!rows) return PB_OK;
+  const bool convert = sizeof(typename D::type) != sizeof(Element);
+  Element *buffer = 0;
+  float *acc = 0;
+  if (!take_scratch(ctx, [&](Scratch &s) {
+        buffer = s.take<Element>(convert ? rows * in_width : 0);
+        acc = s.take<float>(rows * out_width);
+      }))
+    return PB_SCRATCH;
+  clear(ctx, acc, rows * out_width);
+  body(to_elements(ctx, dtype, data<const typename D::type>(in), rows * in_width, buffer), rows, acc);
+  finish(ctx, dtype, acc, bias ? data<const typename D::type>(bias) : (const typename D::type *)0, rows, out_width,
+         data<typename D::type>(out));
+  return PB_OK;
 }
 
 }  // namespace

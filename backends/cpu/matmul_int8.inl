@@ -5,8 +5,6 @@
 
 namespace {
 
-constexpr float inverse_127 = 0.007874015718698502f;  // the fp32 nearest 1/127
-
 inline int32_t dot_int8(const int8_t *a, const int8_t *b, int64_t count) {
   int64_t c = 0;
   int32_t sum = 0;
@@ -51,7 +49,7 @@ struct Int8Rows {
   const float *absmax;
   int64_t k;
   void decode(int64_t row, int64_t begin, int64_t count, float *out) const {
-    const float scale = absmax[row] * inverse_127;
+    const float scale = pb::int8_scale(absmax[row]);
     const int8_t *from = q + row * k + begin;
     for (int64_t c = 0; c < count; c++) out[c] = (float)from[c] * scale;
   }
@@ -62,7 +60,7 @@ struct OutlierColumns {
   Int8Rows weight;
   const int32_t *columns;
   void decode(int64_t row, int64_t begin, int64_t count, float *out) const {
-    const float scale = weight.absmax[row] * inverse_127;
+    const float scale = pb::int8_scale(weight.absmax[row]);
     for (int64_t c = 0; c < count; c++) out[c] = (float)weight.q[row * weight.k + columns[begin + c]] * scale;
   }
 };
@@ -74,42 +72,57 @@ inline float load_one(const typename D::type *p) {
   return value;
 }
 
+// What linear_int8 needs beside its arguments, in scratch.
+struct Int8Scratch {
+  int8_t *q;
+  uint8_t *outlier;
+  int32_t *columns;
+  float *absmax, *acc, *outlier_x;
+};
+
+// The LLM.int8() product of `rows` rows of x, whose outlier columns are found over these rows alone.
+template <class D>
+inline void multiply_int8(pb_context *ctx, D dtype, const Int8Rows &weight, const typename D::type *x, int64_t rows,
+                          int64_t n, float threshold, const Int8Scratch &s) {
+  const int64_t k = weight.k;
+  quantize_int8_rows(ctx, dtype, x, rows, k, threshold, s.q, s.absmax, s.outlier);
+  each_dot(ctx, s.q, weight.q, rows, n, k, [&](int64_t m, int64_t r, int32_t sum) {
+    s.acc[m * n + r] = (float)sum * (pb::int8_scale(s.absmax[m]) * pb::int8_scale(weight.absmax[r]));
+  });
+  int64_t count = 0;
+  for (int64_t c = 0; c < k; c++)
+    if (s.outlier[c]) s.columns[count++] = (int32_t)c;
+  if (!count) return;
+  parallel(ctx, rows, grain_of(count), [&](int64_t begin, int64_t end) {
+    for (int64_t m = begin; m < end; m++)
+      for (int64_t c = 0; c < count; c++) s.outlier_x[m * count + c] = load_one<D>(x + m * k + s.columns[c]);
+  });
+  multiply(ctx, Float32Panel(), OutlierColumns{weight, s.columns}, 0, s.outlier_x, rows, n, count, s.acc);
+}
+
 pb_status linear_int8(pb_context *ctx, const pb_linear_int8_args *a) {
   const int64_t k = last_dim(a->x), n = a->weight->shape[0], rows = n ? numel(a->y) / n : 0;
   if (!rows) return PB_OK;
   const Int8Rows weight = {data<const int8_t>(a->weight), data<const float>(a->weight_absmax), k};
-  int8_t *q = 0;
-  uint8_t *outlier = 0;
-  int32_t *columns = 0;
-  float *absmax = 0, *acc = 0, *outlier_x = 0;
+  const int64_t together = a->row_outliers ? 1 : rows;
+  Int8Scratch scratch = {};
+  float *acc = 0;
   if (!take_scratch(ctx, [&](Scratch &s) {
-        q = s.take<int8_t>(rows * k);
-        outlier = s.take<uint8_t>(k);
-        columns = s.take<int32_t>(k);
-        absmax = s.take<float>(rows);
+        scratch.q = s.take<int8_t>(together * k);
+        scratch.outlier = s.take<uint8_t>(k);
+        scratch.columns = s.take<int32_t>(k);
+        scratch.absmax = s.take<float>(together);
+        scratch.outlier_x = s.take<float>(a->threshold > 0 ? together * k : 0);  // only the part in use is ever touched
         acc = s.take<float>(rows * n);
-        outlier_x = s.take<float>(a->threshold > 0 ? rows * k : 0);  // only the part in use is ever touched
       }))
     return PB_SCRATCH;
   return with_dtype(ctx, "linear_int8", a->x, [&](auto dtype) {
-    typedef decltype(dtype) D;
-    const typename D::type *x = data<const typename D::type>(a->x);
-    quantize_int8_rows(ctx, dtype, x, rows, k, (float)a->threshold, q, absmax, outlier);
-    each_dot(ctx, q, weight.q, rows, n, k, [&](int64_t m, int64_t r, int32_t sum) {
-      acc[m * n + r] = (float)sum * ((absmax[m] * inverse_127) * (weight.absmax[r] * inverse_127));
-    });
-    int64_t count = 0;
-    for (int64_t c = 0; c < k; c++)
-      if (outlier[c]) columns[count++] = (int32_t)c;
-    if (count) {
-      parallel(ctx, rows, grain_of(count), [&](int64_t begin, int64_t end) {
-        for (int64_t m = begin; m < end; m++)
-          for (int64_t c = 0; c < count; c++) outlier_x[m * count + c] = load_one<D>(x + m * k + columns[c]);
-      });
-      multiply(ctx, OutlierColumns{weight, columns}, 0, outlier_x, rows, n, count, acc);
+    typedef typename decltype(dtype)::type T;
+    for (int64_t m = 0; m < rows; m += together) {
+      scratch.acc = acc + m * n;
+      multiply_int8(ctx, dtype, weight, data<const T>(a->x) + m * k, together, n, (float)a->threshold, scratch);
     }
-    finish(ctx, dtype, acc, a->bias ? data<const typename D::type>(a->bias) : (const typename D::type *)0, rows, n,
-           data<typename D::type>(a->y));
+    finish(ctx, dtype, acc, a->bias ? data<const T>(a->bias) : (const T *)0, rows, n, data<T>(a->y));
     return (pb_status)PB_OK;
   });
 }
@@ -118,7 +131,7 @@ pb_status linear_int8_transposed(pb_context *ctx, const pb_linear_int8_transpose
   const int64_t n = last_dim(a->dy), k = a->weight->shape[1];
   const Int8Rows weight = {data<const int8_t>(a->weight), data<const float>(a->weight_absmax), k};
   return with_dtype(ctx, "linear_int8_transposed", a->dy, [&](auto dtype) {
-    return kbit_product(ctx, dtype, a->dy, n, 0, a->dx, k, [&](const float *dy, int64_t rows, float *acc) {
+    return product(ctx, dtype, Float32Panel(), a->dy, n, 0, a->dx, k, [&](const float *dy, int64_t rows, float *acc) {
       multiply_transposed(ctx, weight, 0, dy, rows, n, k, acc);
     });
   });
@@ -182,7 +195,7 @@ pb_status matmul_kbit_int8(pb_context *ctx, const pb_matmul_kbit_int8_args *a) {
   const float step = code.largest / 127.0f;
   parallel(ctx, rows, grain_of(n), [&](int64_t begin, int64_t end) {
     for (int64_t m = begin; m < end; m++) {
-      const float scale = (x_absmax[m] * inverse_127) * step;
+      const float scale = pb::int8_scale(x_absmax[m]) * step;
       for (int64_t r = 0; r < n; r++) acc[m * n + r] *= scale;
     }
   });
