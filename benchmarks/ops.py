@@ -133,7 +133,9 @@ def int8(w: torch.Tensor) -> Iterator[Case]:
             lambda a=a: peer.int8_linear_matmul(a, q),
             product=True,
         )
-        yield Case("linear_int8", f"{shape} M={m}", lambda x=x: ops.linear_int8(x, q, scale, None, 6.0), product=True)
+        yield Case(
+            "linear_int8", f"{shape} M={m}", lambda x=x: ops.linear_int8(x, q, scale, None, 6.0, 0), product=True
+        )
 
 
 def gather(n: int, k: int) -> Iterator[Case]:

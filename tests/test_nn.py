@@ -191,7 +191,7 @@ def test_opcheck_with_gradients(op: str) -> None:
         args = (x, *weight.operands(), bias, None, 8, 64, 4, 0, 0)
     else:
         weight = Linear8bit(64, 8).weight
-        args = (x, weight.q, weight.absmax, bias, 6.0)
+        args = (x, weight.q, weight.absmax, bias, 6.0, 0)
     result = torch.library.opcheck(getattr(torch.ops.polybit, op).default, args)
     assert set(result.values()) == {"SUCCESS"} and len(result) == 4
 

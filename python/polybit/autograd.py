@@ -60,7 +60,7 @@ def _matmul_kbit_grouped(ctx: Any, dy: Tensor) -> Grads:
 
 
 def _setup_linear_int8(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, weight, weight_absmax, bias, _ = inputs
+    _, weight, weight_absmax, bias, *_ = inputs
     ctx.save_for_backward(weight, weight_absmax)
     ctx.bias_dtype = None if bias is None else bias.dtype
 
@@ -72,7 +72,7 @@ def _linear_int8(ctx: Any, dy: Tensor) -> Grads:
         dx = torch.ops.polybit.linear_int8_transposed(dy, *ctx.saved_tensors)
     if ctx.bias_dtype is not None and ctx.needs_input_grad[3]:
         dbias = _bias_grad(dy, ctx.bias_dtype)
-    return dx, None, None, dbias, None
+    return dx, None, None, dbias, None, None
 
 
 def register() -> None:

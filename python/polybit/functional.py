@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from polybit import autograd as autograd  # registers the derivatives
+from polybit.backends import deterministic
 from polybit.qtensor import KERNEL_DTYPES, TORCH_FUNCTIONS, QTensor, quantize
 
 __all__ = ["embedding", "linear", "linear_int8", "quantize"]
@@ -68,7 +69,8 @@ def linear_int8(x: Tensor, weight: QTensor, bias: Tensor | None = None, *, thres
 
     x: fp32, fp16 or bf16 [..., K]; weight: an int8 QTensor [N, K]; bias [N] or None, rounded to x's dtype; threshold
     0: nothing is an outlier. Returns y [..., N] in x's dtype. Differentiable in x (its rounding taken as the identity)
-    and bias.
+    and bias. Outlier columns are found over all rows of x; with POLYBIT_DETERMINISTIC=1 by each row for itself, so that
+    it does not matter which rows come together.
     Source: Dettmers et al., "LLM.int8()", 2022, section 3. Raises TypeError or ValueError when arguments do not fit.
     """
     if weight.format.kind != "int8":
@@ -77,7 +79,8 @@ def linear_int8(x: Tensor, weight: QTensor, bias: Tensor | None = None, *, thres
     _check("linear_int8", x, weight, bias)
     if bias is not None:
         bias = bias.to(x.dtype)
-    return cast(Tensor, torch.ops.polybit.linear_int8(x, weight.q, weight.absmax, bias, float(threshold)))
+    by_row = int(deterministic())
+    return cast(Tensor, torch.ops.polybit.linear_int8(x, weight.q, weight.absmax, bias, float(threshold), by_row))
 
 
 def embedding(index: Tensor, weight: QTensor) -> Tensor:

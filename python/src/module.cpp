@@ -24,6 +24,7 @@ struct Torch {
 Torch torch_api;
 PyObject *unsupported_error = nullptr;
 PyObject *contiguous_name = nullptr;
+bool deterministic = false;  // of every call; set once by polybit.backends
 
 // One kernel of one backend, bound to what a call needs to know.
 struct Bound {
@@ -179,6 +180,7 @@ pb_status Call::run(void *stream, std::string &reason) {
   context.device_index = device_.device_id;
   context.error = error;
   context.error_size = sizeof error;
+  context.deterministic = deterministic;
   if (bound_.host) {
     context.thread_count = static_cast<uint64_t>(pb::thread_count());
     context.parallel_for = pb::parallel_for;
@@ -283,4 +285,5 @@ PYBIND11_MODULE(_C, m) {
   m.def("load", &load, py::arg("path"));
   m.def("openmp_library", &pb::openmp_library);
   m.def("thread_count", &pb::thread_count);
+  m.def("set_deterministic", [](bool on) { deterministic = on; }, py::arg("on"));
 }

@@ -20,7 +20,7 @@
 #undef PB_OP
 
 _Static_assert(offsetof(pb_backend, probe) == 32, "the head of a backend: abi, size, name, device_type");
-_Static_assert(sizeof(pb_context) == 80, "the context has ten fields of eight bytes");
+_Static_assert(sizeof(pb_context) == 88, "the context has eleven fields of eight bytes");
 
 int main(void) {
   printf("abi %016" PRIx64 "\n", (uint64_t)PB_ABI);

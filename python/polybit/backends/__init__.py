@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from polybit.backends.base import Backend, BackendError, BackendInfo, Resolution, Unsupported
 from polybit.backends.discovery import load_backend
-from polybit.backends.selection import backend, last_backend, list_backends, reset, resolve
+from polybit.backends.selection import backend, deterministic, last_backend, list_backends, reset, resolve
 
 __all__ = [
     "Backend",
@@ -13,6 +13,7 @@ __all__ = [
     "Resolution",
     "Unsupported",
     "backend",
+    "deterministic",
     "last_backend",
     "list_backends",
     "load_backend",

@@ -1,4 +1,4 @@
-"""Which backend runs an op: ``POLYBIT_BACKEND``, ``with polybit.backend(...)``, ``POLYBIT_FALLBACK``.
+"""Who runs an op and how: ``POLYBIT_BACKEND``, ``POLYBIT_FALLBACK``, ``POLYBIT_DETERMINISTIC``, ``polybit.backend()``.
 
 Selection is per torch device type: the first usable backend that the allow-list admits wins. An op that it does not
 implement is inherited from the next usable backend of its family, else the torch reference runs it.
@@ -14,6 +14,9 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 
+import torch
+
+from polybit import _C
 from polybit.backends.base import Backend, BackendError, BackendInfo, Kernel, Resolution
 from polybit.backends.discovery import AUTOMATIC_FAMILIES, catalogue, family
 
@@ -36,6 +39,7 @@ class Selection:
     def __init__(self, allow: tuple[str, ...] | None, fallback: str) -> None:
         if fallback not in POLICIES:
             raise BackendError(f"POLYBIT_FALLBACK: wanted one of {', '.join(POLICIES)}, got {fallback!r}")
+        deterministic()
         self.allow = allow
         self.fallback = fallback
         self._routes: dict[tuple[str, str], Route] = {}
@@ -96,6 +100,7 @@ class Selection:
 
 _lock = threading.Lock()
 _default: Selection | None = None
+_deterministic: bool | None = None
 _forced: ContextVar[Selection | None] = ContextVar("polybit_selection", default=None)
 _ran = threading.local()
 
@@ -118,11 +123,28 @@ def _read_environment() -> Selection:
         return _default
 
 
+@torch.compiler.assume_constant_result  # read once for the whole process: a trace may rely on it
+def deterministic() -> bool:
+    """Whether ``POLYBIT_DETERMINISTIC=1`` is set: a row of a result then depends on that row of the input alone.
+
+    Not on how many rows come together, on the number of threads, nor on which kernel or CPU variant runs.
+    Raises BackendError if the variable is neither 0 nor 1.
+    """
+    global _deterministic
+    if _deterministic is None:
+        flag = os.environ.get("POLYBIT_DETERMINISTIC") or "0"
+        if flag not in ("0", "1"):
+            raise BackendError(f"POLYBIT_DETERMINISTIC: wanted 0 or 1, got {flag!r}")
+        _deterministic = flag == "1"
+        _C.set_deterministic(_deterministic)
+    return _deterministic
+
+
 def reset() -> None:
-    """Forget what was read of ``POLYBIT_BACKEND`` and ``POLYBIT_FALLBACK``; the next op reads them again."""
-    global _default
+    """Forget what was read of the environment variables; the next op reads them again."""
+    global _default, _deterministic
     with _lock:
-        _default = None
+        _default = _deterministic = None
 
 
 @contextmanager

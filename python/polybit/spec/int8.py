@@ -110,7 +110,7 @@ def check_weight(op: str, weight: Tensor, weight_absmax: Tensor, x: Tensor) -> N
 
 
 def linear_alloc(
-    x: Tensor, weight: Tensor, weight_absmax: Tensor, bias: Tensor | None, threshold: float
+    x: Tensor, weight: Tensor, weight_absmax: Tensor, bias: Tensor | None, threshold: float, row_outliers: int
 ) -> tuple[Tensor, ...]:
     """x [..., K], weight int8 [N, K], weight_absmax fp32 [N], bias [N] -> y [..., N] of the dtype of x."""
     op = "linear_int8"
@@ -121,14 +121,19 @@ def linear_alloc(
         raise fail(op, "x", f"of shape [..., {k}]", list(x.shape))
     check_longest(op, "x", k)
     check_threshold(op, threshold)
+    if row_outliers not in (0, 1):
+        raise fail(op, "row_outliers", "0 or 1", row_outliers)
     check_bias(op, bias, n, x.dtype, x)
     return (torch.empty((*x.shape[:-1], n), dtype=x.dtype, device=x.device),)
 
 
 def linear_reference(
-    x: Tensor, weight: Tensor, weight_absmax: Tensor, bias: Tensor | None, threshold: float
+    x: Tensor, weight: Tensor, weight_absmax: Tensor, bias: Tensor | None, threshold: float, row_outliers: int
 ) -> tuple[Tensor, ...]:
     """The int8 product of the regular columns plus the high precision one of the outlier columns, rounded once."""
+    if row_outliers and x.dim() > 1 and x.numel():
+        rows = [linear_reference(row, weight, weight_absmax, bias, threshold, 0)[0] for row in x.flatten(0, -2)]
+        return (torch.stack(rows).view(*x.shape[:-1], weight.shape[0]),)
     q, absmax, outlier = quantize_reference(x, threshold)
     weight_scale = weight_absmax * INVERSE
     scale = (absmax * INVERSE).view(*x.shape[:-1], 1) * weight_scale
@@ -230,17 +235,23 @@ def linear_samples(device: torch.device | str) -> Iterator[Sample]:
                 bias = noise(n, i + 200, dtype).to(device) if (i + j) % 2 else None
                 case = f"m={m}-n={n}-k={k}-{dtype}-threshold={threshold:g}".replace("torch.", "")
                 limits = tolerance(dtype, 4 * k)
-                yield Sample(case, (x.to(dtype).to(device), weight, absmax, bias, threshold), **limits)
+                yield Sample(case, (x.to(dtype).to(device), weight, absmax, bias, threshold, 0), **limits)
+                if threshold and m > 1:
+                    x[m // 2] *= 4  # a row with outliers that the others do not have
+                    args = (x.to(dtype).to(device), weight, absmax, bias, threshold, 1)
+                    yield Sample(f"{case}-by-row", args, **limits)
     weight, absmax = integers((6, 40), 1, -127).to(device), noise(6, 3).abs().to(device)
     x = noise((2, 2, 40), 4)
     x[0, 0, 3] = float("nan")
     x[0, 1, :] = 0.0
     for threshold in (0.0, 6.0):
         case = f"nan-threshold={threshold:g}"
-        yield Sample(case, (x.to(device), weight, absmax, None, threshold), **tolerance(torch.float32, 160))
+        yield Sample(case, (x.to(device), weight, absmax, None, threshold, 0), **tolerance(torch.float32, 160))
     x = noise((3, 40), 5)
     x[1, 7] = float("inf")
-    yield Sample("inf", (x.to(device), weight, absmax, None, 6.0), **tolerance(torch.float32, 160))
+    for by_row in (0, 1):
+        args = (x.to(device), weight, absmax, None, 6.0, by_row)
+        yield Sample(f"inf-by-row={by_row}", args, **tolerance(torch.float32, 160))
 
 
 def transposed_samples(device: torch.device | str) -> Iterator[Sample]:
