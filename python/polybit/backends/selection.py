@@ -123,7 +123,7 @@ def _read_environment() -> Selection:
         return _default
 
 
-@torch.compiler.assume_constant_result  # read once for the whole process: a trace may rely on it
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # read once: a trace may rely on it
 def deterministic() -> bool:
     """Whether ``POLYBIT_DETERMINISTIC=1`` is set: a row of a result then depends on that row of the input alone.
 
