@@ -64,20 +64,39 @@ inline void multiply(pb_context *ctx, P, const Weight &weight, int64_t first, co
   });
 }
 
-// acc[c] += sum over r of dy[r] * w[r][c], r ascending.
-inline void add_rows(const float *dy, const float *w, int64_t height, int64_t count, float *acc) {
-  int64_t c = 0;
-  for (; c + simd::W <= count; c += simd::W) {
-    simd::F sum = simd::load(acc + c);
-    for (int64_t r = 0; r < height; r++) sum = simd::fma(simd::set1(dy[r]), simd::load(w + r * panel_columns + c), sum);
-    simd::store(acc + c, sum);
+// acc[m][c] += sum over r of dy[m][r] * w[r][c], r ascending, for ROWS rows of dy and V vectors of columns.
+template <int ROWS, int V>
+inline void add_tile(const float *dy, int64_t n, const float *w, int64_t height, float *acc, int64_t k) {
+  simd::F sums[ROWS][V];
+  for (int m = 0; m < ROWS; m++)
+    for (int v = 0; v < V; v++) sums[m][v] = simd::load(acc + m * k + v * simd::W);
+  for (int64_t r = 0; r < height; r++) {
+    simd::F value[V];
+    for (int v = 0; v < V; v++) value[v] = simd::load(w + r * panel_columns + v * simd::W);
+    for (int m = 0; m < ROWS; m++) {
+      const simd::F factor = simd::set1(dy[m * n + r]);
+      for (int v = 0; v < V; v++) sums[m][v] = simd::fma(factor, value[v], sums[m][v]);
+    }
   }
-  if (c < count) {
-    const int lanes = (int)(count - c);
-    simd::F sum = simd::load_n(acc + c, lanes);
+  for (int m = 0; m < ROWS; m++)
+    for (int v = 0; v < V; v++) simd::store(acc + m * k + v * simd::W, sums[m][v]);
+}
+
+// The same for `count` columns, whole vectors or not.
+template <int ROWS>
+inline void add_rows(const float *dy, int64_t n, const float *w, int64_t height, int64_t count, float *acc, int64_t k) {
+  constexpr int vectors = 4;
+  int64_t c = 0;
+  for (; c + vectors * simd::W <= count; c += vectors * simd::W)
+    add_tile<ROWS, vectors>(dy, n, w + c, height, acc + c, k);
+  for (; c + simd::W <= count; c += simd::W) add_tile<ROWS, 1>(dy, n, w + c, height, acc + c, k);
+  if (c == count) return;
+  const int lanes = (int)(count - c);
+  for (int m = 0; m < ROWS; m++) {
+    simd::F sum = simd::load_n(acc + m * k + c, lanes);
     for (int64_t r = 0; r < height; r++)
-      sum = simd::fma(simd::set1(dy[r]), simd::load_n(w + r * panel_columns + c, lanes), sum);
-    simd::store_n(acc + c, sum, lanes);
+      sum = simd::fma(simd::set1(dy[m * n + r]), simd::load_n(w + r * panel_columns + c, lanes), sum);
+    simd::store_n(acc + m * k + c, sum, lanes);
   }
 }
 
@@ -86,6 +105,7 @@ template <class Weight>
 inline void multiply_transposed(pb_context *ctx, const Weight &weight, int64_t first, const float *dy, int64_t rows,
                                 int64_t n, int64_t k, float *acc) {
   const int64_t strip = 256;
+  constexpr int tile = Float32Panel::tile;
   parallel(ctx, ceil_div(k, strip), grain_of(strip * n * rows), [&](int64_t begin, int64_t end) {
     alignas(64) float panel[panel_rows_most * panel_columns];
     for (int64_t column = begin * strip; column < min64(end * strip, k); column += panel_columns) {
@@ -93,7 +113,10 @@ inline void multiply_transposed(pb_context *ctx, const Weight &weight, int64_t f
       for (int64_t row = 0; row < n; row += panel_rows_most) {
         const int64_t height = min64(panel_rows_most, n - row);
         for (int64_t r = 0; r < height; r++) weight.decode(first + row + r, column, count, panel + r * panel_columns);
-        for (int64_t m = 0; m < rows; m++) add_rows(dy + m * n + row, panel, height, count, acc + m * k + column);
+        int64_t m = 0;
+        for (; m + tile <= rows; m += tile)
+          add_rows<tile>(dy + m * n + row, n, panel, height, count, acc + m * k + column, k);
+        for (; m < rows; m++) add_rows<1>(dy + m * n + row, n, panel, height, count, acc + m * k + column, k);
       }
     }
   });
