@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from polybit import functional
-from polybit.formats import Format, get_format
-from polybit.nn.module import QuantizedModule, check_sizes, check_weight
+from polybit.formats import Format
+from polybit.nn.module import QuantizedModule, check_sizes, check_weight, kbit_format
 from polybit.qtensor import QTensor, check_block_size, quantize
 
 Kbit = TypeVar("Kbit", bound="LinearKbit")
@@ -29,16 +29,10 @@ class QuantizedLinear(QuantizedModule):
         self.register_parameter("bias", bias)
 
 
-def _kbit_format(format: str | Format) -> Format:
-    format = get_format(format)
-    if format.kind != "kbit":
-        raise ValueError(f"LinearKbit: {format.name} is not a k-bit format; use Linear8bit for int8")
-    return format
-
-
-def _check_threshold(threshold: float) -> None:
+def check_threshold(threshold: float) -> None:
+    """Raise ValueError unless `threshold` is 0 or positive."""
     if not threshold >= 0:
-        raise ValueError(f"Linear8bit: threshold must be 0 or positive, got {threshold}")
+        raise ValueError(f"threshold must be 0 or positive, got {threshold}")
 
 
 class LinearKbit(QuantizedLinear):
@@ -64,7 +58,7 @@ class LinearKbit(QuantizedLinear):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        format = _kbit_format(format)
+        format = kbit_format(format, type(self).__name__, "Linear8bit")
         check_block_size(block_size)
         check_sizes(in_features=in_features, out_features=out_features)
         dense = nn.Linear(in_features, out_features, bias, device=device, dtype=dtype)
@@ -91,7 +85,7 @@ class LinearKbit(QuantizedLinear):
         search: bool = False,
     ) -> Kbit:
         """A layer with the quantized weight of `linear`, on its device; the bias parameter is shared, not copied."""
-        dense, format = linear.weight, _kbit_format(format)
+        dense, format = linear.weight, kbit_format(format, cls.__name__, "Linear8bit")
         weight = quantize(dense, format, block_size=block_size, double_quant=double_quant, search=search)
         return cls.from_weight(weight, linear.bias).train(linear.training)
 
@@ -106,7 +100,7 @@ class LinearKbit(QuantizedLinear):
         search: bool = False,
     ) -> Kbit:
         """A layer that does what the Conv1D of GPT-2 does: its weight [in, out], transposed, is quantized."""
-        dense, format = transposed_weight(conv1d), _kbit_format(format)
+        dense, format = transposed_weight(conv1d), kbit_format(format, cls.__name__, "Linear8bit")
         weight = quantize(dense, format, block_size=block_size, double_quant=double_quant, search=search)
         return cls.from_weight(weight, conv1d.bias).train(conv1d.training)  # type: ignore[arg-type]
 
@@ -147,7 +141,7 @@ class Linear8bit(QuantizedLinear):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        _check_threshold(threshold)
+        check_threshold(threshold)
         check_sizes(in_features=in_features, out_features=out_features)
         dense = nn.Linear(in_features, out_features, bias, device=device, dtype=dtype)
         self.threshold = float(threshold)
@@ -159,7 +153,7 @@ class Linear8bit(QuantizedLinear):
     ) -> Int8:
         """A layer of an int8 QTensor [out, in]; a Parameter is shared, not copied. Raises TypeError or ValueError."""
         check_weight(cls.__name__, weight, "int8")
-        _check_threshold(threshold)
+        check_threshold(threshold)
         self = cls.__new__(cls)
         nn.Module.__init__(self)
         self.threshold = float(threshold)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from polybit import checkpoint
+from polybit.formats import Format, get_format
 from polybit.qtensor import QTensor
 
 Self = TypeVar("Self", bound="QuantizedModule")
@@ -133,6 +134,14 @@ def check_weight(what: str, weight: Tensor, *kinds: str) -> None:
         raise ValueError(f"{what}: weight must have 2 dimensions, got {list(weight.shape)}")
     if weight.format.kind not in kinds:
         raise ValueError(f"{what}: weight must be {' or '.join(kinds)}, got {weight.format_name}")
+
+
+def kbit_format(format: str | Format, what: str, instead: str) -> Format:
+    """The format of that name. Raises ValueError if it is unknown or not k-bit."""
+    format = get_format(format)
+    if format.kind != "kbit":
+        raise ValueError(f"{what}: {format.name} is not a k-bit format; use {instead} for int8")
+    return format
 
 
 def check_sizes(**sizes: int) -> None:
