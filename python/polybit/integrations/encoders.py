@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 from polybit import checkpoint
 from polybit.model_folder import FolderError, read_state_dict
-from polybit.nn import Linear4bit, Linear8bit, LinearKbit
-from polybit.qtensor import QTensor
+from polybit.nn import Settings, is_quantizable, make_empty_
 
 
 def load_model(folder: Path) -> nn.Module:
@@ -27,30 +26,17 @@ def load_model(folder: Path) -> nn.Module:
     settings = raw.pop("quantization_config", None) or {}
     config = AutoConfig.for_model(**raw)
     model: nn.Module = AutoModel.from_config(config)
-    for name, module in list(model.named_modules()):
-        if type(module) is nn.Linear and checkpoint.is_quantized(tensors, f"{name}.weight"):
-            quantized = checkpoint.from_tensors(tensors, f"{name}.weight")
-            parent, _, last = name.rpartition(".")
-            setattr(model.get_submodule(parent), last, _empty_like(module, quantized, settings.get("threshold", 6.0)))
+    quantized = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if is_quantizable(module) and checkpoint.is_quantized(tensors, f"{name}.weight"):
+            weight = checkpoint.from_tensors(tensors, f"{name}.weight")
+            quantized[name] = Settings.of(weight, threshold=settings.get("threshold", 6.0))
+    make_empty_(model, quantized)
     missing, unexpected = model.load_state_dict(tensors, strict=False)
     unexpected = [name for name in unexpected if not name.endswith("position_ids")]
     if missing or unexpected:
         raise FolderError(f"{folder}: does not fit its model class: missing {missing[:3]}, unexpected {unexpected[:3]}")
     return model.eval()
-
-
-def _empty_like(linear: nn.Linear, weight: QTensor, threshold: float) -> nn.Module:
-    sizes = (linear.in_features, linear.out_features, linear.bias is not None)
-    if weight.format.kind == "int8":
-        return Linear8bit(*sizes, threshold=threshold, dtype=weight.dtype)
-    layer = Linear4bit if weight.format.bits == 4 else LinearKbit
-    return layer(
-        *sizes,
-        format=weight.format,
-        block_size=weight.block_size,
-        double_quant=weight.double_quant,
-        dtype=weight.dtype,
-    )
 
 
 def embed(model: nn.Module, folder: Path, sentences: list[str], batch: int = 32) -> Tensor:

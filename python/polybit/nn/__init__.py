@@ -1,6 +1,7 @@
 """Quantized modules."""
 
-from polybit.nn.convert import quantize_
+from polybit.nn.convert import make_empty_, quantize_
+from polybit.nn.counterpart import Settings, empty_counterpart, is_quantizable
 from polybit.nn.embedding import Embedding4bit, Embedding8bit, EmbeddingKbit, StableEmbedding
 from polybit.nn.linear import Linear4bit, Linear8bit, LinearKbit
 
@@ -11,6 +12,10 @@ __all__ = [
     "Linear4bit",
     "Linear8bit",
     "LinearKbit",
+    "Settings",
     "StableEmbedding",
+    "empty_counterpart",
+    "is_quantizable",
+    "make_empty_",
     "quantize_",
 ]
