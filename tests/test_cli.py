@@ -160,7 +160,8 @@ def test_a_killed_run_leaves_no_target(tmp_path: Path) -> None:
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
     assert not (tmp_path / "out").exists()
-    assert run("quantize", source, tmp_path / "out")[0] == 0  # a second try is not in the way of the first
+    assert run("quantize", source, tmp_path / "out")[0] == 0  # the first is not in its way
+    assert not list(tmp_path.glob(".out.*"))
 
 
 def test_info_prints_json_and_markdown() -> None:
@@ -171,7 +172,7 @@ def test_info_prints_json_and_markdown() -> None:
     assert {row["name"] for row in data["backends"]} >= {"cpu:scalar", "emulator:32"}
     code, text = run("info", "--markdown")
     assert code == 0
-    assert text.startswith("| op |")
+    assert text.startswith("| backend |")
 
 
 def test_check_one_backend() -> None:
@@ -185,7 +186,7 @@ def test_check_one_backend() -> None:
 def test_check_fails_when_native_ops_are_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     counts = tmp_path / "counts.json"
     counts.write_text('{"emulator:32": 2}')
-    monkeypatch.setattr("polybit.cli.NATIVE_COUNTS", counts)
+    monkeypatch.setattr("polybit.cli.support.NATIVE_COUNTS", counts)
     code, text = run("check", "--backend", "emulator:32")
     assert code == 1
     assert "fell below the committed 2" in text

@@ -1,0 +1,23 @@
+"""The command line: polybit info | check | quantize | eval."""
+
+from __future__ import annotations
+
+import typer
+
+from polybit.cli import evaluate, quantize, support
+
+app = typer.Typer(
+    no_args_is_help=True,
+    help="Quantize PyTorch models; see what runs where.",
+    epilog="Exit codes: 0 ok, 1 something was found wrong, 2 wrong usage or input. "
+    "With --json, standard output holds one JSON object and nothing else.",
+)
+app.command("info")(support.info)
+app.command("check")(support.check)
+app.command("quantize")(quantize.quantize)
+app.command("eval")(evaluate.evaluate)
+
+
+def main() -> None:
+    """Entry point of the `polybit` script and of `python -m polybit`."""
+    app(prog_name="polybit")

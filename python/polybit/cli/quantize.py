@@ -1,0 +1,116 @@
+"""polybit quantize."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+from polybit.cli.common import Json, input_errors, print_json
+from polybit.quantize_folder import DEFAULT_SKIP, Recipe, quantize_folder
+
+_SKIP_HELP = (
+    "Pattern of modules to leave alone, by full name or last component; repeatable. "
+    f"Default: {', '.join(DEFAULT_SKIP)}."
+)
+_OVERRIDE_HELP = (
+    "PATTERN=FORMAT[,block_size=N][,double_quant=true|false][,search=true|false] for the modules that the pattern "
+    "matches; repeatable, the first match wins."
+)
+
+
+def quantize(
+    source: Annotated[Path, typer.Argument(help="A Hugging Face model folder (safetensors).")],
+    target: Annotated[Path, typer.Argument(help="The folder to write; must not exist.")],
+    format: Annotated[str, typer.Option(help="nf4, fp4, int8, lloyd3, ...")] = "nf4",
+    block_size: Annotated[int, typer.Option(help="Elements that share one scale.")] = 64,
+    double_quant: Annotated[bool, typer.Option(help="Quantize the scales, too.")] = True,
+    search: Annotated[bool, typer.Option(help="Search the best scale of each block.")] = False,
+    threshold: Annotated[float, typer.Option(help="int8: activations from here on keep their precision.")] = 6.0,
+    skip: Annotated[list[str] | None, typer.Option(help=_SKIP_HELP)] = None,
+    override: Annotated[list[str] | None, typer.Option(help=_OVERRIDE_HELP)] = None,
+    embeddings: Annotated[bool, typer.Option("--embeddings", help="Quantize embedding tables, too.")] = False,
+    device: Annotated[str, typer.Option(help="Where to quantize: cpu, cuda, xpu, mps.")] = "cpu",
+    as_json: Json = False,
+) -> None:
+    """Quantize the linear weights of a model folder, tensor by tensor; the target appears only when it is whole.
+
+    A run that was killed can simply be started again.
+    """
+    with input_errors("quantize"), _progress() as progress:
+        overrides: dict[str, dict[str, Any]] = {}
+        for text in override or []:
+            pattern, fields = parse_override(text)
+            overrides.setdefault(pattern, fields)
+        summary = quantize_folder(
+            source,
+            target,
+            format,
+            block_size=block_size,
+            double_quant=double_quant,
+            search=search,
+            threshold=threshold,
+            skip=tuple(skip) if skip else DEFAULT_SKIP,
+            overrides=overrides,
+            embeddings=embeddings,
+            device=device,
+            progress=progress,
+        )
+    before, after = summary.bytes_before, summary.bytes_after
+    if as_json:
+        print_json({"target": str(target), "format": format, **dataclasses.asdict(summary), "ratio": after / before})
+        return
+    typer.echo(
+        f"{target}: {summary.quantized} of {summary.tensors} tensors in {format}, {before} -> {after} bytes "
+        f"({after / before:.3f})"
+    )
+
+
+def parse_override(text: str) -> tuple[str, dict[str, Any]]:
+    """("*.down_proj", {"format": "int8", "block_size": 128}) of "*.down_proj=int8,block_size=128"."""
+    pattern, equals, rest = text.partition("=")
+    format, *options = rest.split(",")
+    if not (pattern and equals and format) or "=" in format:
+        raise ValueError(f"override must be PATTERN=FORMAT[,block_size=N...], got {text!r}")
+    fields: dict[str, Any] = {"format": format}
+    for option in options:
+        key, _, value = option.partition("=")
+        try:
+            fields[key] = _OPTIONS[key](value)
+        except KeyError:
+            raise ValueError(f"override option must be one of {', '.join(_OPTIONS)}, got {option!r}") from None
+    return pattern, fields
+
+
+def _number(text: str) -> int:
+    if not text.isdecimal():
+        raise ValueError(f"override: block_size must be a number, got {text!r}")
+    return int(text)
+
+
+def _truth(text: str) -> bool:
+    if text not in ("true", "false"):
+        raise ValueError(f"override: double_quant and search must be true or false, got {text!r}")
+    return text == "true"
+
+
+_OPTIONS: dict[str, Callable[[str], Any]] = {"block_size": _number, "double_quant": _truth, "search": _truth}
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[int, int], None]]:
+    """A bar on standard error, if that is a terminal."""
+    columns = TextColumn("quantizing"), BarColumn(), DownloadColumn(), TimeRemainingColumn()
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("quantize", total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+assert {"format", *_OPTIONS} == {field.name for field in dataclasses.fields(Recipe)}

@@ -1,0 +1,163 @@
+"""polybit info and polybit check: what runs where, and whether it does what the specification says."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import platform
+from collections import Counter
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.table import Table
+
+import polybit
+from polybit import backends, spec
+from polybit.backends.discovery import LIBRARY_FOLDER, catalogue, family
+from polybit.cli.common import WRONG, Json, console, print_json, stop
+
+NATIVE_COUNTS = Path(__file__).parent.parent / "native_counts.json"
+# The highest rung of a backend that was seen; 4 needs a line in docs/verified.md, which a test compares.
+RUNGS = Path(__file__).parent.parent / "rungs.json"
+RUNG_NAMES = {
+    0: "none",
+    1: "compiles",
+    2: "its kernels run in the emulator",
+    3: "runs on a CPU implementation of its language",
+    4: "verified on the device",
+}
+
+
+def read_counts() -> dict[str, int]:
+    """The number of native ops per backend that a build must have."""
+    return dict(json.loads(NATIVE_COUNTS.read_text(encoding="utf-8")))
+
+
+def rung(name: str) -> int:
+    """The highest rung of a backend, 0...4."""
+    rungs = json.loads(RUNGS.read_text(encoding="utf-8"))
+    return int(rungs.get(name, rungs.get(family(name), 0)))
+
+
+def support() -> dict[str, dict[str, str]]:
+    """{backend: {op: "native", "inherited from <backend>" or "reference"}} of the usable backends."""
+    table: dict[str, dict[str, str]] = {}
+    for info in backends.list_backends():
+        if info.usable:
+            with polybit.backend(info.name, fallback="silent"):
+                found = {op: backends.resolve(op, info.device_type) for op in spec.OPS}
+            table[info.name] = {
+                op: f"inherited from {route.owner}" if route.kind == "inherited" else route.kind
+                for op, route in found.items()
+            }
+    return table
+
+
+def count(kinds: dict[str, str]) -> dict[str, int]:
+    """Numbers of native, inherited and reference ops."""
+    counts = Counter(kind.partition(" ")[0] for kind in kinds.values())
+    return {kind: counts[kind] for kind in ("native", "inherited", "reference")}
+
+
+def build_table() -> dict[str, dict[str, int]]:
+    """{backend: counts} of what this build holds, whether usable here or not, and of other builds' backends.
+
+    A variant that the processor lacks does not show its kernels, so the committed count of native ops stands for all.
+    """
+    backends.list_backends()
+    own = [backend for backend in catalogue.backends if Path(backend.origin).parent == LIBRARY_FOLDER]
+    committed = read_counts()
+    table: dict[str, dict[str, int]] = {}
+    for name in dict.fromkeys([*(backend.name for backend in own), *committed]):
+        native = committed.get(name, 0)
+        # The variants of a CPU stand in for each other; the emulator's are one machine at several widths.
+        others = [backend.ops for backend in own if family(name) == "cpu" == family(backend.name)]
+        inherited = max(len({op for ops in others for op in ops}) - native, 0)
+        table[name] = {"native": native, "inherited": inherited, "reference": len(spec.OPS) - native - inherited}
+    return table
+
+
+def markdown() -> str:
+    """The table of the README."""
+    lines = ["| backend | native ops | inherited | torch reference | highest rung |", "| --- | --- | --- | --- | --- |"]
+    for name, counts in build_table().items():
+        numbers = " | ".join(str(number) for number in counts.values())
+        lines.append(f"| {name} | {numbers} | {rung(name)}: {RUNG_NAMES[rung(name)]} |")
+    return "\n".join(lines)
+
+
+def info(
+    as_json: Json = False,
+    as_markdown: Annotated[bool, typer.Option("--markdown", help="Print the support table of the README.")] = False,
+) -> None:
+    """Versions, the backends with the reason why one is not usable, and who runs each op."""
+    if as_markdown:
+        typer.echo(markdown())
+        return
+    found, table = backends.list_backends(), support()
+    versions = {"polybit": polybit.__version__, "torch": torch.__version__, "python": platform.python_version()}
+    if as_json:
+        rows = [dataclasses.asdict(item) | {"rung": rung(item.name)} for item in found]
+        print_json({"versions": versions, "backends": rows, "support": table})
+        return
+    out = console()
+    out.print(", ".join(f"{name} {version}" for name, version in versions.items()))
+    view = Table("backend", "device", "native", "inherited", "reference", "rung", box=None)
+    for item in found:
+        if item.usable:
+            numbers = [str(number) for number in count(table[item.name]).values()]
+            view.add_row(item.name, item.device_type, *numbers, f"{rung(item.name)}: {RUNG_NAMES[rung(item.name)]}")
+    out.print(view)
+    for item in found:
+        if not item.usable:
+            out.print(f"{item.name}: not usable: {item.reason}")
+    for name, kinds in table.items():
+        for kind in sorted(set(kinds.values()) - {"native"}):
+            ops = [op for op in kinds if kinds[op] == kind]
+            rest = [op for op in kinds if kinds[op] != kind]
+            text = ", ".join(ops) if len(ops) <= len(rest) else "all but " + (", ".join(rest) or "none")
+            out.print(f"{name}: {kind}: {text}")
+
+
+def check(
+    backend: Annotated[str | None, typer.Option(help="Only this backend, as in POLYBIT_BACKEND.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Run the conformance samples of every op; fail if one is wrong or fewer ops are native than committed."""
+    from polybit.testing import check as check_op  # samples are built only here
+
+    wanted = read_counts()
+    names = [item.name for item in backends.list_backends() if item.usable and backend in (None, item.name)]
+    if not names:
+        known = ", ".join(item.name for item in backends.list_backends())
+        stop("check", f"no usable backend {backend!r}; known: {known}")
+    report: dict[str, Any] = {}
+    for name in names:
+        results = [check_op(op, name) for op in spec.OPS]
+        counts = Counter(result.kind for result in results)
+        row: dict[str, Any] = {
+            "native": counts["native"],
+            "inherited": counts["inherited"],
+            "reference": counts["reference"],
+            "samples": sum(result.samples for result in results),
+            "failures": [failure for result in results for failure in result.failures],
+            "native_expected": wanted.get(name, 0),
+        }
+        report[name] = row
+        if as_json:
+            continue
+        failures = row["failures"]
+        typer.echo(
+            f"{name}: {row['native']} native, {row['inherited']} inherited, {row['reference']} reference; "
+            f"{row['samples']} samples, {len(failures)} failures"
+        )
+        if row["native"] < row["native_expected"]:
+            typer.echo(f"  native ops fell below the committed {row['native_expected']}")
+        for failure in failures[:5]:
+            typer.echo(f"  {failure}")
+    if as_json:
+        print_json(report)
+    if any(row["failures"] or row["native"] < row["native_expected"] for row in report.values()):
+        raise typer.Exit(WRONG)

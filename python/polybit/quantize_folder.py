@@ -1,0 +1,241 @@
+"""Quantize a model folder: tensor by tensor, into a folder that appears when it is whole."""
+
+from __future__ import annotations
+
+import errno
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+from torch import Tensor
+
+from polybit import checkpoint
+from polybit.formats import get_format
+from polybit.model_folder import INDEX, FolderError, conv1d_layers, is_embedding, read_config, weight_files
+from polybit.qtensor import KERNEL_DTYPES, QTensor, check_block_size, quantize
+from polybit.safetensors_file import DTYPES, Entry, Reader, Writer
+from polybit.work_folder import TakenError, work_folder
+
+DEFAULT_SKIP = ("lm_head",)
+# Weights in other forms, and what version control and download tools keep.
+_LEFT_BEHIND = shutil.ignore_patterns(
+    ".*", "*.bin", "*.bin.index.json", "*.safetensors", "*.h5", "*.msgpack", "*.onnx", "*.onnx_data", "*.gguf", "*.pth"
+)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a weight is quantized: the arguments of polybit.quantize. Raises ValueError if one is wrong."""
+
+    format: str = "nf4"
+    block_size: int = 64
+    double_quant: bool = True
+    search: bool = False
+
+    def __post_init__(self) -> None:
+        format = get_format(self.format)
+        if format.kind == "blockwise":
+            raise ValueError(f"{self.format} has no linear layer; choose a k-bit format or int8")
+        if self.search and format.kind == "int8":
+            raise ValueError("the scale search is for k-bit formats, int8 has none")
+        check_block_size(self.block_size)
+
+    def apply(self, weight: Tensor) -> QTensor:
+        """The quantized weight."""
+        return quantize(
+            weight, self.format, block_size=self.block_size, double_quant=self.double_quant, search=self.search
+        )
+
+
+@dataclass
+class Summary:
+    """What quantize_folder did: bytes of all tensors, numbers of tensors."""
+
+    bytes_before: int = 0
+    bytes_after: int = 0
+    quantized: int = 0
+    tensors: int = 0
+
+
+def quantize_folder(
+    source: Path,
+    target: Path,
+    format: str = "nf4",
+    *,
+    block_size: int = 64,
+    double_quant: bool = True,
+    search: bool = False,
+    threshold: float = 6.0,
+    skip: tuple[str, ...] = DEFAULT_SKIP,
+    overrides: Mapping[str, Mapping[str, Any]] = {},
+    embeddings: bool = False,
+    device: torch.device | str = "cpu",
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Summary:
+    """Write `source` to the new folder `target` with its linear weights quantized.
+
+    A weight is taken for linear if it is a matrix called `*.weight` and no embedding by its name; `embeddings` takes
+    those, too. `skip`: patterns (fnmatch) of modules to leave alone, matched with the full name and with its last
+    component. `overrides`: {pattern: fields of Recipe that differ}; the first pattern that matches wins. Weights of
+    GPT-2's Conv1D (by config.json) are stored transposed: one row per output. `device`: where to quantize.
+    `progress(done, total)` is told bytes of `source`. Memory: about twice the largest tensor.
+
+    The folder is written beside the target and renamed when it is complete and on disk. A run that was killed leaves a
+    hidden folder behind, which the next run on this target removes.
+
+    Raises ValueError for an unknown format, a wrong option or an override that matches nothing, FolderError for a wrong
+    source or an unusable target.
+    """
+    rules = _Rules(Recipe(format, block_size, double_quant, search), skip, overrides, embeddings)
+    if not threshold >= 0:
+        raise ValueError(f"threshold must be 0 or positive, got {threshold}")
+    config, files = read_config(source), weight_files(source)
+    if config.get("quantization_config"):
+        method = config["quantization_config"].get("quant_method", "unknown")
+        raise FolderError(f"{source}: is quantized already (quant_method {method})")
+    rules.check(source, files)
+    transposed = conv1d_layers(config)
+    total = sum(path.stat().st_size for path in files)
+    summary = Summary()
+    try:
+        with work_folder(target) as work:
+            index: dict[str, str] = {}
+            for path in files:
+                names = _quantize_file(
+                    path, work / path.name, rules, transposed, device, summary, lambda done: progress(done, total)
+                )
+                index |= dict.fromkeys(names, path.name)
+            _copy_rest(source, work, files)
+            if (source / INDEX).is_file():
+                text = {"metadata": {"total_size": summary.bytes_after}, "weight_map": index}
+                _write_json(work / INDEX, text)
+            settings = {"format": format, "block_size": block_size, "double_quant": double_quant, "search": search}
+            settings |= {"threshold": threshold, "skip": list(skip), "embeddings": embeddings}
+            settings |= {"overrides": {pattern: dict(fields) for pattern, fields in overrides.items()}}
+            # Last: without it nothing takes the folder for a model.
+            _write_json(work / "config.json", config | {"quantization_config": {"quant_method": "polybit"} | settings})
+    except TakenError as problem:
+        raise FolderError(f"{target}: {problem}") from None
+    except OSError as problem:
+        full = problem.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        hint = "; what was written has been removed" if full else ""
+        raise FolderError(f"{target}: cannot be written: {problem.strerror or problem}{hint}") from None
+    return summary
+
+
+class _Rules:
+    """Which recipe a tensor gets."""
+
+    def __init__(
+        self, recipe: Recipe, skip: tuple[str, ...], overrides: Mapping[str, Mapping[str, Any]], embeddings: bool
+    ) -> None:
+        self.recipe, self.skip, self.embeddings = recipe, skip, embeddings
+        self.overrides = {pattern: replace(recipe, **fields) for pattern, fields in overrides.items()}
+
+    def find(self, name: str, entry: Entry) -> Recipe | None:
+        """The recipe of a tensor; None: it is copied as it is."""
+        module = name.removesuffix(".weight")
+        if module == name or len(entry.shape) != 2 or _matches(module, self.skip):
+            return None
+        if is_embedding(module) and not self.embeddings:
+            return None
+        if DTYPES.get(entry.dtype) in KERNEL_DTYPES:
+            return next(
+                (recipe for pattern, recipe in self.overrides.items() if _matches(module, (pattern,))), self.recipe
+            )
+        if entry.dtype.startswith("F"):
+            raise FolderError(f"{name} is {entry.dtype}; only F32, F16 and BF16 can be quantized (or skip {module})")
+        return None
+
+    def check(self, source: Path, files: list[Path]) -> None:
+        """Raise if an override matches nothing or a file is damaged, before anything is written."""
+        unused = set(self.overrides)
+        for path in files:
+            with _open(path) as reader:
+                for name, entry in reader.entries.items():
+                    if self.find(name, entry):
+                        module = name.removesuffix(".weight")
+                        unused -= {pattern for pattern in unused if _matches(module, (pattern,))}
+        if unused:
+            raise ValueError(f"override {sorted(unused)[0]!r} matches no weight of {source} that would be quantized")
+
+
+def _matches(module: str, patterns: tuple[str, ...]) -> bool:
+    last = module.rpartition(".")[2]
+    return any(fnmatchcase(module, pattern) or fnmatchcase(last, pattern) for pattern in patterns)
+
+
+def _open(path: Path) -> Reader:
+    try:
+        reader = Reader(path)
+    except (safetensors.SafetensorError, OSError) as problem:
+        raise FolderError(f"{path}: damaged or truncated: {problem}") from None
+    if not reader.entries:
+        raise FolderError(f"{path}: holds no tensors")
+    return reader
+
+
+def _quantize_file(
+    path: Path,
+    out: Path,
+    rules: _Rules,
+    transposed: tuple[str, ...],
+    device: torch.device | str,
+    summary: Summary,
+    progress: Callable[[int], None],
+) -> list[str]:
+    """Write one file of weights; return the names in it."""
+
+    def result(name: str, recipe: Recipe, weight: Tensor) -> dict[str, Tensor]:
+        if name.split(".")[-2] in transposed:
+            weight = weight.t().contiguous()
+        return checkpoint.to_tensors(recipe.apply(weight), name)
+
+    with _open(path) as reader:
+        recipes = {name: rules.find(name, entry) for name, entry in reader.entries.items()}
+        plan: dict[str, Entry] = {}
+        for name, entry in reader.entries.items():
+            recipe = recipes[name]
+            if recipe is None:
+                plan[name] = entry
+                continue
+            meta = torch.empty(entry.shape, dtype=DTYPES[entry.dtype], device="meta")
+            plan |= {key: Entry.of(tensor) for key, tensor in result(name, recipe, meta).items()}
+        # The JSON of a k-bit weight holds a number (nested_offset), so that its size is known only in the end.
+        tail = [name for name in plan if ".quant_state." in name]
+        metadata = reader.metadata | {"format": "pt"}
+        with Writer(out, plan, tail=tail, metadata=metadata) as writer:
+            for name, entry in reader.entries.items():
+                recipe = recipes[name]
+                summary.tensors += 1
+                summary.bytes_before += entry.size
+                if recipe is None:
+                    writer.write_bytes(name, reader.chunks(name))
+                else:
+                    summary.quantized += 1
+                    for key, tensor in result(name, recipe, reader.read(name).to(device)).items():
+                        writer.write(key, tensor)
+                progress(summary.bytes_before)
+        summary.bytes_after += writer.size
+    return list(plan)
+
+
+def _copy_rest(source: Path, work: Path, files: list[Path]) -> None:
+    """Everything of the folder that is neither weights nor config.json: tokenizer, other settings."""
+    done = {path.name for path in files} | {INDEX, "config.json"}
+    entries = [item.name for item in source.iterdir()]
+    for name in sorted(set(entries) - done - _LEFT_BEHIND(str(source), entries)):
+        if (source / name).is_dir():
+            shutil.copytree(source / name, work / name, ignore=_LEFT_BEHIND)
+        else:
+            shutil.copyfile(source / name, work / name)
+
+
+def _write_json(path: Path, content: Any) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
