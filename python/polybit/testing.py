@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 import torch
@@ -58,8 +59,8 @@ class CheckResult:
             raise AssertionError(f"{len(self.failures)} failures in {self.samples} samples\n{shown}")
 
 
-def check(op: str, backend: str, device: torch.device | str = "cpu") -> CheckResult:
-    """Run every sample of `op` on `backend` and compare with the reference.
+def check(op: str, backend: str, device: torch.device | str = "cpu", *, limit: int | None = None) -> CheckResult:
+    """Run every sample of `op` (or the first `limit`) on `backend` and compare with the reference.
 
     Each sample is called twice: natively, its outputs between guard bytes and at odd addresses; and through
     torch.ops.polybit, in turn with unaligned, non-contiguous or gradient-requiring inputs. It is also asserted that
@@ -74,7 +75,7 @@ def check(op: str, backend: str, device: torch.device | str = "cpu") -> CheckRes
         result = CheckResult(op, backend, resolution.owner, resolution.kind)
         if resolution.kind == "reference":
             return result
-        for number, sample in enumerate(spec.samples(device)):
+        for number, sample in enumerate(islice(spec.samples(device), limit)):
             result.samples += 1
             try:
                 problem = _check_sample(spec, sample, number, resolution.owner)

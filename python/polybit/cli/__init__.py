@@ -1,10 +1,10 @@
-"""The command line: polybit info | check | quantize | eval."""
+"""The command line: polybit info | check | doctor | bench | quantize | eval."""
 
 from __future__ import annotations
 
 import typer
 
-from polybit.cli import evaluate, quantize, support
+from polybit.cli import bench, doctor, evaluate, quantize, support
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -14,6 +14,8 @@ app = typer.Typer(
 )
 app.command("info")(support.info)
 app.command("check")(support.check)
+app.command("doctor")(doctor.doctor)
+app.command("bench")(bench.bench)
 app.command("quantize")(quantize.quantize)
 app.command("eval")(evaluate.evaluate)
 
