@@ -3,12 +3,25 @@
 from __future__ import annotations
 
 import copy
+import hashlib
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from polybit.nn import Linear4bit, Linear8bit, LinearKbit, quantize_
+from polybit.nn import (
+    Embedding4bit,
+    Embedding8bit,
+    EmbeddingKbit,
+    Linear4bit,
+    Linear8bit,
+    LinearKbit,
+    StableEmbedding,
+    quantize_,
+)
 from polybit.qtensor import QTensor
 
 
@@ -95,13 +108,61 @@ def test_a_cast_of_the_module_touches_no_stored_byte(cast: torch.dtype) -> None:
     assert layer(randn(3, 64).to(cast)).dtype == cast
 
 
-def test_a_forward_changes_no_stored_byte() -> None:
-    layer = Linear4bit(64, 32).eval()
-    before = copy.deepcopy(layer.weight.inner_tensors())
+LAYERS: dict[str, Callable[[], nn.Module]] = {
+    "Linear4bit": lambda: Linear4bit(96, 40),
+    "Linear4bit plain scales": lambda: Linear4bit(96, 40, double_quant=False),
+    "LinearKbit nf3": lambda: LinearKbit(96, 40, format="nf3"),
+    "LinearKbit lloyd2": lambda: LinearKbit(96, 40, format="lloyd2", block_size=32),
+    "Linear8bit": lambda: Linear8bit(96, 40),
+    "Linear8bit without outliers": lambda: Linear8bit(96, 40, threshold=0.0),
+    "Embedding4bit": lambda: Embedding4bit(50, 96),
+    "EmbeddingKbit nf2": lambda: EmbeddingKbit(50, 96, format="nf2"),
+    "Embedding8bit": lambda: Embedding8bit(50, 96),
+    "StableEmbedding": lambda: StableEmbedding(50, 96),
+    "mixed": lambda: nn.Sequential(Embedding8bit(50, 96), Linear4bit(96, 64), Linear8bit(64, 40)),
+}
+
+
+def digest(module: nn.Module) -> str:
+    """sha256 over everything that is stored: names, shapes and bytes of the inner tensors and of the rest."""
+    total = hashlib.sha256()
+    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+        parts = tensor.inner_tensors() if isinstance(tensor, QTensor) else {"": tensor.detach()}
+        for part, inner in parts.items():
+            total.update(f"{name} {part} {inner.dtype} {list(inner.shape)}".encode())
+            total.update(inner.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return total.hexdigest()
+
+
+@pytest.mark.parametrize("train", [False, True])
+@pytest.mark.parametrize("name", LAYERS)
+def test_1000_forwards_from_4_threads_change_no_stored_byte(name: str, train: bool) -> None:
+    torch.manual_seed(0)
+    module = LAYERS[name]().train(train)
+    x = randn(5, 96) * 4 if name.startswith("Linear") else torch.randint(0, 50, (3, 5))
+    before, state = digest(module), {key: value.clone() for key, value in module.state_dict().items()}
     with torch.no_grad():
-        first, second = layer(randn(3, 64)), layer(randn(3, 64))
-    assert torch.equal(first, second)
-    assert all(torch.equal(before[name], now) for name, now in layer.weight.inner_tensors().items())
+        wanted = module(x)
+    start = threading.Barrier(4)
+
+    def forwards() -> int:
+        start.wait()
+        with torch.set_grad_enabled(train):  # each thread has its own switch
+            return sum(torch.equal(module(x), wanted) for _ in range(250))
+
+    with ThreadPoolExecutor(4) as pool:
+        equal = [future.result() for future in [pool.submit(forwards) for _ in range(4)]]
+    assert equal == [250, 250, 250, 250]
+    assert digest(module) == before
+    assert all(torch.equal(state[key], value) for key, value in module.state_dict().items())
+
+
+def test_the_digest_sees_every_stored_tensor() -> None:
+    module = Linear4bit(96, 40)
+    for inner in module.weight.inner_tensors().values():
+        before = digest(module)
+        inner.reshape(-1).view(torch.uint8)[0] ^= 1
+        assert digest(module) != before
 
 
 def test_autocast_runs_in_its_dtype() -> None:
