@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import re
 import weakref
 from pathlib import Path
 from typing import Any
@@ -444,3 +445,15 @@ def test_load_model_takes_every_kind_from_a_folder(tmp_path: Path) -> None:
     assert kinds(loaded) == kinds(model) and same(loaded, model)
     with torch.no_grad():
         assert torch.equal(loaded(TOKENS).last_hidden_state, model(TOKENS).last_hidden_state)
+
+
+def test_the_example_of_the_readme_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    text = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    example, *_ = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    names: dict[str, Any] = {}
+    torch.manual_seed(0)
+    exec(example, names)
+    assert float(capsys.readouterr().out.strip().removeprefix("tensor(").removesuffix(")")) < 0.01
+    bits = 8 * names["q"].stored_bytes / names["w"].numel()
+    assert f"{bits:.2f} bits a weight" in example
+    assert kinds(names["model"]) == {"0": "Linear4bit nf4"}
