@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -241,6 +241,18 @@ def test_a_tie_survives_loading(format: str) -> None:
     for loaded in (fresh, meta, empty):
         assert is_tied(loaded)
         assert torch.equal(loaded["head"].weight.dequantize(), wanted)
+
+
+@pytest.mark.parametrize("format", ["nf4", "int8"])
+def test_safetensors_saves_a_tied_pair_once(format: str, tmp_path: Path) -> None:
+    model, fresh = tied(format), tied(format)
+    save_model(model, str(tmp_path / "x.safetensors"))
+    saved = load_file(tmp_path / "x.safetensors")
+    assert len({key.partition(".")[0] for key in saved}) == 2 and len(saved) == (6 + 2 if format == "nf4" else 3 + 2)
+    with torch.no_grad():
+        fresh["head"].weight.zero_()
+    assert load_model(fresh, tmp_path / "x.safetensors") == (set(), [])
+    assert is_tied(fresh) and torch.equal(fresh["head"].weight.dequantize(), model["head"].weight.dequantize())
 
 
 def test_different_entries_untie_rather_than_lose_one() -> None:

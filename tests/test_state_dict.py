@@ -127,7 +127,7 @@ def test_inside_a_model_strict_keys_are_reported() -> None:
     without = {key: value for key, value in state.items() if not key.startswith("0.weight")}
     with pytest.raises(RuntimeError, match=r"Missing key\(s\) in state_dict: \"0.weight\""):
         model.load_state_dict(without)
-    assert model.load_state_dict(without, strict=False).missing_keys == ["0.weight"]
+    assert model.load_state_dict(without, strict=False).missing_keys == [key for key in state if key not in without]
 
 
 def _blob(change: Callable[[dict[str, object]], object]) -> Callable[[State], None]:

@@ -35,6 +35,22 @@ def _succeed(weight: Tensor, fn: Any, quantized: Tensor) -> QTensor:
     return cast(QTensor, new)
 
 
+# By weight: the entry that describes it, as it is in its latest state dict.
+_descriptions = WeakTensorKeyDictionary()
+
+
+def _entries(weight: QTensor, key: str) -> dict[str, Tensor]:
+    # The description is no part of the weight. Modules that share the weight must share it all the same: safetensors
+    # and transformers save once what shares storage, and would leave one of them a description of nothing.
+    entries = checkpoint.to_tensors(weight, key)
+    *_, last = entries
+    description: Tensor | None = _descriptions.get(weight)  # type: ignore[no-untyped-call]
+    if description is None or description.is_meta or not torch.equal(description, entries[last]):
+        description = _descriptions[weight] = entries[last]
+    entries[last] = description
+    return entries
+
+
 class QuantizedModule(nn.Module):
     """A module with a frozen QTensor weight and a plain state dict.
 
@@ -70,7 +86,7 @@ class QuantizedModule(nn.Module):
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         del destination[prefix + "weight"]
-        destination.update(checkpoint.to_tensors(self.weight, prefix + "weight"))
+        destination.update(_entries(self.weight, prefix + "weight"))
 
     def _load_from_state_dict(
         self,
@@ -88,7 +104,9 @@ class QuantizedModule(nn.Module):
         rest = {name: value for name, value in state_dict.items() if name not in mine}
         errors_before, missing = len(error_msgs), list[str]()
         super()._load_from_state_dict(rest, prefix, local_metadata, strict, missing, unexpected_keys, error_msgs)
-        missing_keys.extend(name for name in missing if loaded is None or name != key)
+        missing_keys.extend(name for name in missing if name != key)
+        if not mine:
+            missing_keys.extend(checkpoint.to_tensors(self.weight, key))
         if loaded is None or len(error_msgs) > errors_before:
             return
         with torch.no_grad():
