@@ -1,4 +1,4 @@
-# demo, test, test-all, lint, bench: each sets up a local virtual environment first; stamps make the next run quick.
+# Every target sets up a local virtual environment first; stamps make the next run quick.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -10,15 +10,18 @@ SOURCES := CMakeLists.txt pyproject.toml $(wildcard README.md) $(shell find core
 # The budget plugin prints seconds against tests/budget.toml.
 PYTEST := PATH="$(CURDIR)/$(BIN):$$PATH" PYTHONPATH=tests $(BIN)/python -m pytest -p budget
 
-.PHONY: help demo test test-all lint format bench clean
+.PHONY: help demo test test-all lint format bench docs matrix clean
 
 help:
 	@echo "make demo      quantize a real model, evaluate it, write a report"
 	@echo "make test      the tests without the slow ones"
 	@echo "make test-all  all tests"
-	@echo "make lint      ruff, mypy, clang-format, typos"
+	@echo "make lint      ruff, mypy, clang-format, typos, actionlint"
 	@echo "make format    rewrite the sources as lint wants them"
 	@echo "make bench     operations beside bitsandbytes, call overhead, OpenMP sharing"
+	@echo "make docs      the documentation, warnings as errors: build/docs/index.html"
+	@echo "make matrix    every row of .ci/matrix.json that this machine can run; HEAVY=1 for those that install gigabytes"
+	@echo "make clean     remove .venv, build and dist"
 
 $(VENV)/created:
 	$(PYTHON) -m venv $(VENV)
@@ -32,9 +35,9 @@ $(VENV)/package: $(SOURCES) constraints.txt $(VENV)/created
 	$(PIP) install -c constraints.txt .
 	touch $@
 
-# The second line's packages ask for other torch or transformers versions than they need here.
-$(VENV)/tools: requirements-dev.txt requirements-no-deps.txt constraints.txt $(VENV)/created
-	$(PIP) install --quiet -c constraints.txt -r requirements-dev.txt
+# The last line's packages ask for other torch or transformers versions than they need here.
+$(VENV)/tools: requirements-dev.txt requirements-docs.txt requirements-no-deps.txt constraints.txt $(VENV)/created
+	$(PIP) install --quiet -c constraints.txt -r requirements-dev.txt -r requirements-docs.txt
 	$(PIP) install --quiet -c constraints.txt --no-deps -r requirements-no-deps.txt
 	touch $@
 
@@ -68,6 +71,12 @@ bench: $(VENV)/package $(VENV)/tools
 	POLYBIT_FALLBACK=error $(BIN)/python benchmarks/overhead.py
 	POLYBIT_FALLBACK=error $(BIN)/python benchmarks/ops.py
 	POLYBIT_FALLBACK=error $(BIN)/python benchmarks/openmp.py
+
+docs: $(VENV)/package $(VENV)/tools
+	$(BIN)/python -m sphinx -W --keep-going -q docs build/docs
+
+matrix:
+	$(PYTHON) .ci/matrix.py run
 
 clean:
 	rm -rf $(VENV) build dist
