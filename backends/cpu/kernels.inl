@@ -15,4 +15,6 @@
 #include "pack.inl"
 #include "matmul_kbit.inl"
 #include "matmul_int8.inl"
+
+#include "kernels_optim.inl"
 // clang-format on

@@ -7,12 +7,13 @@ struct Code256 {
   float tree[256];
   simd::Table16 top, level4, level5a, level5b;
 
-  explicit Code256(const float *code) {
+  // keep_positive: no positive value becomes the code of zero.
+  explicit Code256(const float *code, bool keep_positive = false) {
     tree[0] = 0.0f;
     for (int level = 0; level < 8; level++)
       for (int k = 0; k < 1 << level; k++) {
         const int i = ((2 * k + 1) << (7 - level)) - 1;
-        tree[(1 << level) + k] = (code[i] + code[i + 1]) * 0.5f;
+        tree[(1 << level) + k] = keep_positive && code[i] == 0.0f ? 0.0f : (code[i] + code[i + 1]) * 0.5f;
       }
     top = simd::table16(tree);
     level4 = simd::table16(tree + 16);

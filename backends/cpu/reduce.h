@@ -41,27 +41,29 @@ inline float tree_sum_of(int64_t n, const Leaf &leaf) {
   return simd::reduce_add(sum);
 }
 
-// The tree sum of map(x[i]) over a whole tensor. Aligned chunks of a power of two are subtrees, so threads may take
-// them.
-template <class D, class Map>
-inline float tree_sum(pb_context *ctx, D, const typename D::type *x, int64_t n, const Map &map) {
+// The tree sum of leaf(i, lanes), i = 0, W, 2W, ... < n, by all threads; lanes: how many of the W count. Aligned chunks
+// of a power of two are subtrees, so threads may take them.
+template <class Leaf>
+inline float tree_sum_parallel(pb_context *ctx, int64_t n, const Leaf &leaf) {
   enum { most = 1024 };
   float partial[most];
   int64_t chunk = 4096;
   while (ceil_div(n, chunk) > most) chunk *= 2;
   parallel(ctx, ceil_div(n, chunk), grain_of(chunk), [&](int64_t begin, int64_t end) {
     for (int64_t c = begin; c < end; c++) {
-      const typename D::type *p = x + c * chunk;
-      const int64_t count = min64(chunk, n - c * chunk);
-      partial[c] = tree_sum_of(count, [&](int64_t i) {
-        return map(i + simd::W <= count ? D::load(p + i) : D::load_n(p + i, (int)(count - i)));
-      });
+      const int64_t start = c * chunk, count = min64(chunk, n - start);
+      partial[c] = tree_sum_of(count, [&](int64_t i) { return leaf(start + i, (int)min64(simd::W, count - i)); });
     }
   });
   const int64_t parts = ceil_div(n, chunk);
-  return tree_sum_of(parts, [&](int64_t i) {
-    return i + simd::W <= parts ? simd::load(partial + i) : simd::load_n(partial + i, (int)(parts - i));
-  });
+  return tree_sum_of(parts, [&](int64_t i) { return simd::load_n(partial + i, (int)min64(simd::W, parts - i)); });
+}
+
+// The tree sum of map(x[i]) over a whole tensor.
+template <class D, class Map>
+inline float tree_sum(pb_context *ctx, D, const typename D::type *x, int64_t n, const Map &map) {
+  return tree_sum_parallel(
+      ctx, n, [&](int64_t i, int lanes) { return map(lanes == simd::W ? D::load(x + i) : D::load_n(x + i, lanes)); });
 }
 
 }  // namespace

@@ -78,6 +78,7 @@ inline F add(F a, F b) { return a + b; }
 inline F sub(F a, F b) { return a - b; }
 inline F mul(F a, F b) { return a * b; }
 inline F div(F a, F b) { return a / b; }
+inline F sqrt(F a) { return __builtin_sqrtf(a); }
 inline F fma(F a, F b, F c) { return __builtin_fmaf(a, b, c); }
 inline F abs_(F a) { return as_float(as_int(a) & 0x7fffffff); }
 // Where one is NaN, b.

@@ -35,7 +35,9 @@ PB_FN u32 as_u32(float x) {
   __builtin_memcpy(&bits, &x, sizeof bits);
   return bits;
 }
-PB_FN float div_rn(float a, float b) { return a / b; }  // built without fast-math flags, so correctly rounded
+// Built without fast-math flags, so correctly rounded.
+PB_FN float div_rn(float a, float b) { return a / b; }
+PB_FN float sqrt_rn(float a) { return __builtin_sqrtf(a); }
 }  // namespace pb
 #endif
 #endif

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from polybit.backends import Unsupported, last_backend, resolve, selection
+from polybit.ops import ROWS
 from polybit.spec import OPS, Op, Sample
 
 GUARD_BYTES = 64
@@ -102,7 +103,7 @@ def _check_sample(op: Op, sample: Sample, number: int, owner: str) -> str:
         return problem
     way, change = WAYS[number % len(WAYS)]
     args = _each(sample.args, _unaligned if _mutates(op) else change)
-    got = _public(op.name, args, owner) or tuple(_mutated(args))
+    got = _public(op.name, args, owner) or _mutated(op, args)
     problem = compare(got, want, sample, strict)
     if problem:
         return f"{way} inputs: {problem}"
@@ -114,10 +115,10 @@ _wants: dict[tuple[str, str, str], tuple[Tensor, ...]] = {}
 
 def _want(op: Op, sample: Sample) -> tuple[Tensor, ...]:
     """What the reference gives, once for all backends."""
-    key = (op.name, sample.id, str(next(_mutated(sample.args)).device))
+    key = (op.name, sample.id, str(_device(sample.args)))
     if key not in _wants:
         args = _each(sample.args, Tensor.clone)
-        _wants[key] = op.reference(*args) or tuple(_mutated(args))
+        _wants[key] = op.reference(*args) or _mutated(op, args)
     return _wants[key]
 
 
@@ -175,7 +176,7 @@ def _guarded(op: Op, sample: Sample, want: tuple[Tensor, ...], strict: bool) -> 
     if _mutates(op):
         args = tuple([guard(x).copy_(x) for x in a] if isinstance(a, list) else a for a in args)
     outs = tuple(guard(out) for out in op.alloc(*args))
-    device = next(_mutated(args)).device
+    device = _device(args)
     kernel = selection.current().route(op.name, device.type).kernel
     assert kernel is not None
     kernel(_stream(device), args, outs)
@@ -183,7 +184,7 @@ def _guarded(op: Op, sample: Sample, want: tuple[Tensor, ...], strict: bool) -> 
         outside = torch.cat([buffer[:before], buffer[before + size :]])
         if bool((outside != GUARD).any()):
             return f"output {i}: bytes outside it were written"
-    problem = compare(outs or tuple(_mutated(args)), want, sample, strict)
+    problem = compare(outs or _mutated(op, args), want, sample, strict)
     return f"guarded outputs: {problem}" if problem else ""
 
 
@@ -222,13 +223,19 @@ def _differ(g: Tensor, w: Tensor, sample: Sample, strict: bool) -> Tensor:
 
 
 def _mutates(op: Op) -> bool:
-    return op.name == "scale_multi"
+    return any(kind in ("MUT", "MUTS") for kind, _ in ROWS[op.name].inputs)
 
 
-def _mutated(args: Sequence[Any]) -> Any:
-    """The tensors of the first argument that is a tensor or a list of tensors."""
-    first = args[0]
-    return iter(first) if isinstance(first, (list, tuple)) else iter((first,))
+def _mutated(op: Op, args: Sequence[Any]) -> tuple[Tensor, ...]:
+    """The tensors that the op changes, in the order of its arguments."""
+    changed = (arg for (kind, _), arg in zip(ROWS[op.name].inputs, args) if kind in ("MUT", "MUTS"))
+    return tuple(x for arg in changed for x in (arg if isinstance(arg, (list, tuple)) else [arg]))
+
+
+def _device(args: Sequence[Any]) -> torch.device:
+    """The device of the first tensor."""
+    tensors = (x for arg in args for x in (arg if isinstance(arg, (list, tuple)) else [arg]))
+    return next(x.device for x in tensors if isinstance(x, Tensor))
 
 
 def _each(args: Sequence[Any], change: Callable[[Tensor], Tensor]) -> tuple[Any, ...]:

@@ -5,11 +5,11 @@ Normative together with docs/numerics.md. Nothing here depends on the rest of po
 
 from __future__ import annotations
 
-from . import absmax, blockwise, codebooks, gather, int8, kbit, matmul, multi, pack
+from . import absmax, blockwise, codebooks, gather, int8, kbit, matmul, multi, optim, pack
 from .base import Op, Sample
 
 OPS: dict[str, Op] = {
-    op.name: op for module in (blockwise, kbit, absmax, matmul, int8, pack, gather, multi) for op in module.OPS
+    op.name: op for module in (blockwise, kbit, absmax, matmul, int8, pack, gather, multi, optim) for op in module.OPS
 }
 
 __all__ = ["OPS", "Op", "Sample", "codebooks"]

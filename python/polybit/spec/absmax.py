@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import codebooks
 from .base import Op, Sample, block_count, check_tensor, empty_like, fail, tree_sum
-from .blockwise import quantize_values
+from .blockwise import midpoints, quantize_values
 
 NESTED_BLOCK = 256
 
@@ -62,7 +62,7 @@ def quantize_reference(absmax: Tensor, code: Tensor) -> tuple[Tensor, ...]:
         return absmax.to(torch.uint8), absmax.new_zeros(0), absmax.new_zeros(())
     total = tree_sum(flat)
     offset = torch.div(total, torch.full_like(total, float(flat.numel())))
-    q, nested = quantize_values(flat - offset, code, NESTED_BLOCK)
+    q, nested = quantize_values(flat - offset, midpoints(code), NESTED_BLOCK)
     return q.view(absmax.shape), nested, offset
 
 

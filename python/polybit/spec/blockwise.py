@@ -34,10 +34,15 @@ def scaled(blocks: Tensor) -> tuple[Tensor, Tensor]:
     return s, torch.where(zero, 0.0, absmax)
 
 
-def quantize_values(x: Tensor, code: Tensor, block: int) -> tuple[Tensor, Tensor]:
+def midpoints(code: Tensor) -> Tensor:
+    """The thresholds between neighbouring codes, fp32 [255]."""
+    return (code[:-1] + code[1:]) * 0.5
+
+
+def quantize_values(x: Tensor, thresholds: Tensor, block: int) -> tuple[Tensor, Tensor]:
     """(q like x, absmax [blocks])."""
     s, absmax = scaled(to_blocks(x, block))
-    q = rank(s, (code[:-1] + code[1:]) * 0.5).to(torch.uint8)
+    q = rank(s, thresholds).to(torch.uint8)
     return q.view(-1)[: x.numel()].view(x.shape), absmax
 
 
@@ -59,7 +64,7 @@ def quantize_alloc(x: Tensor, code: Tensor, block: int) -> tuple[Tensor, ...]:
 
 def quantize_reference(x: Tensor, code: Tensor, block: int) -> tuple[Tensor, ...]:
     """docs/numerics.md, 8-bit blockwise."""
-    return quantize_values(x, code, block)
+    return quantize_values(x, midpoints(code), block)
 
 
 def dequantize_alloc(q: Tensor, absmax: Tensor, code: Tensor, block: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
@@ -141,7 +146,7 @@ def dequantize_samples(device: torch.device | str) -> Iterator[Sample]:
     """The quantized inputs, to each dtype."""
     code = codebooks.dynamic()[0]
     for i, (name, x, block) in enumerate(inputs()):
-        q, absmax = quantize_values(x, code, block)
+        q, absmax = quantize_values(x, midpoints(code), block)
         dtypes = FLOATS if "-" not in name else (FLOATS[i % 3],)
         for dtype in dtypes:
             tensors = (q.to(device), absmax.to(device), code.to(device))
