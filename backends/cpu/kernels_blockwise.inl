@@ -5,7 +5,8 @@ namespace {
 // The 255 midpoints between neighbouring codes as a search tree in heap order: node i has children 2i and 2i + 1.
 struct Code256 {
   float tree[256];
-  simd::Table16 top, level4, level5a, level5b;
+  simd::Table8 top, level3;
+  simd::Table16 level4, level5a, level5b;
 
   // keep_positive: no positive value becomes the code of zero.
   explicit Code256(const float *code, bool keep_positive = false) {
@@ -15,23 +16,30 @@ struct Code256 {
         const int i = ((2 * k + 1) << (7 - level)) - 1;
         tree[(1 << level) + k] = keep_positive && code[i] == 0.0f ? 0.0f : (code[i] + code[i + 1]) * 0.5f;
       }
-    top = simd::table16(tree);
+    top = simd::table8(tree);
+    level3 = simd::table8(tree + 8);
     level4 = simd::table16(tree + 16);
     level5a = simd::table16(tree + 32);
     level5b = simd::table16(tree + 48);
   }
 
-  // The codes of W values. NaN is above no threshold and ends at 0.
-  simd::I rank(simd::F s) const {
+  // The codes of N * W values, side by side, because each level waits for the one before. NaN is above no threshold and
+  // ends at 0.
+  template <int N>
+  void rank(const simd::F (&s)[N], simd::I (&i)[N]) const {
     using namespace simd;
-    I i = set1i(1);
-    for (int level = 0; level < 4; level++) i = descend(i, gt(s, lookup16(top, i)));
-    i = descend(i, gt(s, lookup16(level4, i)));
-    const M right = gti(i, set1i(47));
-    i = descend(i, gt(s, select(right, lookup16(level5b, i), lookup16(level5a, i))));
-    i = descend(i, gt(s, gather(tree, i)));
-    i = descend(i, gt(s, gather(tree, i)));
-    return addi(i, set1i(-256));
+    for (int k = 0; k < N; k++) i[k] = set1i(1);
+    for (int level = 0; level < 3; level++)
+      for (int k = 0; k < N; k++) i[k] = descend(i[k], gt(s[k], lookup8(top, i[k])));
+    for (int k = 0; k < N; k++) i[k] = descend(i[k], gt(s[k], lookup8(level3, i[k])));
+    for (int k = 0; k < N; k++) i[k] = descend(i[k], gt(s[k], lookup16(level4, i[k])));
+    for (int k = 0; k < N; k++) {
+      const M right = gti(i[k], set1i(47));
+      i[k] = descend(i[k], gt(s[k], select(right, lookup16(level5b, i[k]), lookup16(level5a, i[k]))));
+    }
+    for (int level = 6; level < 8; level++)
+      for (int k = 0; k < N; k++) i[k] = descend(i[k], gt(s[k], gather(tree, i[k])));
+    for (int k = 0; k < N; k++) i[k] = addi(i[k], set1i(-256));
   }
 };
 
@@ -39,11 +47,21 @@ struct Code256 {
 inline float quantize_block(const Code256 &code, const float *x, int64_t n, uint8_t *q) {
   const uint32_t bits = absmax_bits(x, n);
   const simd::F inv = simd::set1(pb::inverse_absmax(bits));
+  constexpr int many = 4;
   int64_t i = 0;
-  for (; i + simd::W <= n; i += simd::W) simd::store_u8(q + i, code.rank(simd::mul(simd::load(x + i), inv)));
-  if (i < n) {
-    const int left = (int)(n - i);
-    simd::store_u8_n(q + i, code.rank(simd::mul(simd::load_n(x + i, left), inv)), left);
+  for (; i + many * simd::W <= n; i += many * simd::W) {
+    simd::F s[many];
+    simd::I codes[many];
+    for (int k = 0; k < many; k++) s[k] = simd::mul(simd::load(x + i + k * simd::W), inv);
+    code.rank(s, codes);
+    for (int k = 0; k < many; k++) simd::store_u8(q + i + k * simd::W, codes[k]);
+  }
+  for (; i < n; i += simd::W) {
+    const int left = (int)min64(n - i, simd::W);
+    const simd::F s[1] = {simd::mul(simd::load_n(x + i, left), inv)};
+    simd::I codes[1];
+    code.rank(s, codes);
+    simd::store_u8_n(q + i, codes[0], left);
   }
   return pb::stored_absmax(bits);
 }
@@ -72,7 +90,7 @@ template <class D>
 inline void dequantize_block(D, const uint8_t *q, int64_t n, const float *code, float scale, typename D::type *y) {
   const simd::F s = simd::set1(scale);
   int64_t i = 0;
-  for (; i + simd::W <= n; i += simd::W) D::store(y + i, simd::mul(simd::gather(code, simd::load_u8(q + i)), s));
+  for (; i + simd::W <= n; i += simd::W) D::store(y + i, simd::mul(simd::gather_u8(code, q + i), s));
   if (i < n) {
     const int left = (int)(n - i);
     D::store_n(y + i, simd::mul(simd::gather(code, simd::load_u8_n(q + i, left)), s), left);

@@ -136,6 +136,12 @@ inline I descend(I a, M m) { return _mm256_sub_epi32(_mm256_add_epi32(a, a), as_
 inline I cvt_rn(F a) { return _mm256_cvtps_epi32(a); }
 inline F to_float(I a) { return _mm256_cvtepi32_ps(a); }
 
+struct Table8 {
+  __m256 values;
+};
+inline Table8 table8(const float *p) { return {load(p)}; }
+inline F lookup8(const Table8 &t, I i) { return _mm256_permutevar8x32_ps(t.values, i); }
+
 inline Table16 table16(const float *p) { return {load(p), load(p + 8)}; }
 inline Table16i table16i(const int32_t *p) { return {load_i(p), load_i(p + 8)}; }
 inline F lookup16(const Table16 &t, I i) {
@@ -144,6 +150,10 @@ inline F lookup16(const Table16 &t, I i) {
 }
 inline I lookup16i(const Table16i &t, I i) { return as_int(lookup16(Table16{as_float(t.low), as_float(t.high)}, i)); }
 inline F gather(const float *p, I i) { return _mm256_i32gather_ps(p, i, 4); }
+// Loads one by one: faster than a gather where the indices lie in memory.
+inline F gather_u8(const float *p, const uint8_t *q) {
+  return _mm256_setr_ps(p[q[0]], p[q[1]], p[q[2]], p[q[3]], p[q[4]], p[q[5]], p[q[6]], p[q[7]]);
+}
 
 inline F hadd(F a, F b) {
   const F even = _mm256_shuffle_ps(a, b, 0x88), odd = _mm256_shuffle_ps(a, b, 0xdd);

@@ -109,11 +109,19 @@ inline I descend(I a, M m) {
 inline I cvt_rn(F a) { return _mm512_cvtps_epi32(a); }
 inline F to_float(I a) { return _mm512_cvtepi32_ps(a); }
 
+typedef Table16 Table8;
+inline Table8 table8(const float *p) {
+  const I twice = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3, 4, 5, 6, 7);
+  return {_mm512_i32gather_ps(twice, p, 4)};
+}
+inline F lookup8(const Table8 &t, I i) { return _mm512_permutexvar_ps(i, t.values); }
+
 inline Table16 table16(const float *p) { return {load(p)}; }
 inline Table16i table16i(const int32_t *p) { return {load_i(p)}; }
 inline F lookup16(const Table16 &t, I i) { return _mm512_permutexvar_ps(i, t.values); }
 inline I lookup16i(const Table16i &t, I i) { return _mm512_permutexvar_epi32(i, t.values); }
 inline F gather(const float *p, I i) { return _mm512_i32gather_ps(i, p, 4); }
+inline F gather_u8(const float *p, const uint8_t *q) { return gather(p, load_u8(q)); }
 
 inline F hadd(F a, F b) {
   const I even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);

@@ -106,11 +106,19 @@ inline I descend(I a, M m) { return 2 * a + m; }
 inline I cvt_rn(F a) { return (I)__builtin_lrintf(a); }
 inline F to_float(I a) { return (F)a; }
 
+struct Table8 {
+  const float *values;
+};
+inline Table8 table8(const float *p) { return {p}; }
+inline F lookup8(const Table8 &t, I i) { return t.values[i & 7]; }
+
 inline Table16 table16(const float *p) { return {p}; }
 inline Table16i table16i(const int32_t *p) { return {p}; }
 inline F lookup16(const Table16 &t, I i) { return t.values[i & 15]; }
 inline I lookup16i(const Table16i &t, I i) { return t.values[i & 15]; }
 inline F gather(const float *p, I i) { return p[i]; }
+// p[q[0]], p[q[1]], ...
+inline F gather_u8(const float *p, const uint8_t *q) { return p[*q]; }
 
 // W lanes of the sums of neighbours of (a, b): one level of a tree sum.
 inline F hadd(F a, F b) { return a + b; }
