@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from polybit import autograd as autograd  # and the derivatives of its products
+from polybit import batching as batching  # torch.func.vmap over its ops
 from polybit import nn as nn
 from polybit import ops as ops  # registers torch.ops.polybit
 from polybit.backends import BackendError, backend, load_backend

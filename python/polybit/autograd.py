@@ -1,92 +1,156 @@
-"""Derivatives of the matrix products. Stored weights get none; their bytes are not differentiable."""
+"""Derivatives of the products, to every order. Stored weights get none; their bytes are not differentiable.
+
+Every product is linear in its first argument (plus a bias), so a rule is two products: `vjp` takes the gradient of the
+output back, `jvp` takes a tangent forward. docs/numerics.md, Derivatives, has the formulas.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch._functorch.utils import enable_single_level_autograd_function
+from torch.autograd import forward_ad
+from torch.autograd.function import _SingleLevelFunction
 
-Grads = tuple[Tensor | None, ...]
-
-# Positions of the arguments in ops.def.
-_KBIT_BIAS, _KBIT_SIZES = 7, 9
-_GROUPED_SIZES = 8
-_TRANSPOSED_SIZES = 7
+ops = torch.ops.polybit
 
 
-def _bias_grad(dy: Tensor, dtype: torch.dtype) -> Tensor:
+class Rule(NamedTuple):
+    """The derivative of an op(x, weight ..., bias, ..., sizes ...).
+
+    `weight`: how many tensors follow x; `bias`: its position, 0 without one; `sizes`: where the rest begins.
+    `vjp(dy, k, weight, sizes)`: the gradient of x, whose last dimension is k.
+    `jvp(dx, dbias, weight, sizes)`: the tangent of the output.
+    """
+
+    weight: int
+    bias: int
+    sizes: int
+    vjp: Callable[[Tensor, int, Sequence[Any], Sequence[Any]], Tensor]
+    jvp: Callable[[Tensor, Tensor | None, Sequence[Any], Sequence[Any]], Tensor]
+
+
+def _dense(dx: Tensor, weight: Sequence[Any], bias: Tensor | None = None) -> Tensor:
+    return F.linear(dx, ops.dequantize_int8(*weight, dx.dtype), bias)
+
+
+# The rounding of x to int8 is taken as the identity (straight-through), as LLM.int8() does.
+RULES = {
+    "matmul_kbit": Rule(
+        weight=6,
+        bias=7,
+        sizes=9,
+        vjp=lambda dy, k, w, sizes: ops.matmul_kbit_transposed(dy, *w, k, *sizes[1:]),
+        jvp=lambda dx, dbias, w, sizes: ops.matmul_kbit(dx, *w, dbias, None, *sizes),
+    ),
+    "matmul_kbit_transposed": Rule(
+        weight=6,
+        bias=0,
+        sizes=7,
+        vjp=lambda dy, k, w, sizes: ops.matmul_kbit(dy, *w, None, None, k, *sizes[1:]),
+        jvp=lambda dx, dbias, w, sizes: ops.matmul_kbit_transposed(dx, *w, *sizes),
+    ),
+    "matmul_kbit_grouped": Rule(
+        weight=7,
+        bias=0,
+        sizes=8,
+        vjp=lambda dy, k, w, sizes: ops.matmul_kbit_grouped_transposed(dy, *w, k, *sizes[1:]),
+        jvp=lambda dx, dbias, w, sizes: ops.matmul_kbit_grouped(dx, *w, *sizes),
+    ),
+    "matmul_kbit_grouped_transposed": Rule(
+        weight=7,
+        bias=0,
+        sizes=8,
+        vjp=lambda dy, k, w, sizes: ops.matmul_kbit_grouped(dy, *w, k, *sizes[1:]),
+        jvp=lambda dx, dbias, w, sizes: ops.matmul_kbit_grouped_transposed(dx, *w, *sizes),
+    ),
+    "linear_int8": Rule(
+        weight=2,
+        bias=3,
+        sizes=4,
+        vjp=lambda dy, k, w, sizes: ops.linear_int8_transposed(dy, *w),
+        jvp=lambda dx, dbias, w, sizes: _dense(dx, w, dbias),
+    ),
+    "linear_int8_transposed": Rule(
+        weight=2,
+        bias=0,
+        sizes=3,
+        vjp=lambda dy, k, w, sizes: _dense(dy, w),
+        jvp=lambda dx, dbias, w, sizes: ops.linear_int8_transposed(dx, *w),
+    ),
+}
+
+
+def sum_rows(dy: Tensor, dtype: torch.dtype) -> Tensor:
+    """The gradient of a bias: dy [..., N] summed over its rows."""
     return dy.reshape(-1, dy.shape[-1]).sum(0).to(dtype)
 
 
-def _setup_matmul_kbit(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, *weight = inputs[:_KBIT_BIAS]
-    bias = inputs[_KBIT_BIAS]
-    ctx.save_for_backward(*weight)
-    ctx.k, ctx.sizes = x.shape[-1], inputs[_KBIT_SIZES + 1 :]
-    ctx.bias_dtype = None if bias is None else bias.dtype
+def _function(name: str, rule: Rule) -> Any:
+    """The node of the graph. Its last argument is the set of dispatch keys that the op was called with."""
+    redispatch = getattr(ops, name).default.redispatch
+
+    def forward(ctx: Any, *args: Any) -> Tensor:
+        *inputs, keys = args
+        # Grad modes are on again for the levels of torch.func below this one.
+        with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True), torch._C._AutoDispatchBelowAutograd():
+            output = redispatch(keys & torch._C._after_autograd_keyset, *inputs)
+        weight = inputs[1 : 1 + rule.weight]
+        ctx.save_for_backward(*weight)
+        ctx.save_for_forward(*weight)
+        ctx.k, ctx.sizes, ctx.arguments = inputs[0].shape[-1], inputs[rule.sizes :], len(args)
+        bias = inputs[rule.bias] if rule.bias else None
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        return cast(Tensor, output)
+
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        grads: list[Tensor | None] = [None] * ctx.arguments
+        if ctx.needs_input_grad[0]:
+            grads[0] = rule.vjp(dy, ctx.k, ctx.saved_tensors, ctx.sizes)
+        if ctx.bias_dtype is not None and ctx.needs_input_grad[rule.bias]:
+            grads[rule.bias] = sum_rows(dy, ctx.bias_dtype)
+        return tuple(grads)
+
+    def jvp(ctx: Any, *tangents: Any) -> Tensor:
+        dbias = tangents[rule.bias] if rule.bias else None
+        return rule.jvp(tangents[0], dbias, ctx.saved_tensors, ctx.sizes)
+
+    parts: tuple[Callable[..., Any], ...] = (forward, backward, jvp)
+    return type(name, (_SingleLevelFunction,), {part.__name__: staticmethod(part) for part in parts})
 
 
-def _matmul_kbit(ctx: Any, dy: Tensor) -> Grads:
-    grads: list[Tensor | None] = [None] * (_KBIT_SIZES + 1 + len(ctx.sizes))
-    if ctx.needs_input_grad[0]:
-        grads[0] = torch.ops.polybit.matmul_kbit_transposed(dy, *ctx.saved_tensors, ctx.k, *ctx.sizes)
-    if ctx.bias_dtype is not None and ctx.needs_input_grad[_KBIT_BIAS]:
-        grads[_KBIT_BIAS] = _bias_grad(dy, ctx.bias_dtype)
-    return tuple(grads)
+def _kernel(name: str, rule: Rule) -> Callable[..., Tensor]:
+    """What runs under the Autograd key: a node where a derivative is wanted, else the op itself.
 
+    torch.library.register_autograd would do, but for torch.func.grad and jvp, which it refuses.
+    """
+    apply = _function(name, rule).apply
+    redispatch = getattr(ops, name).default.redispatch
 
-def _setup_matmul_kbit_transposed(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    dy, *weight = inputs[:_TRANSPOSED_SIZES]
-    ctx.save_for_backward(*weight)
-    ctx.n, ctx.sizes = dy.shape[-1], inputs[_TRANSPOSED_SIZES + 1 :]
+    def kernel(keys: torch._C.DispatchKeySet, *args: Any) -> Tensor:
+        reverse = torch.is_grad_enabled() and torch._C._any_requires_grad(*args)
+        if not reverse and forward_ad._current_level < 0:
+            with torch._C._AutoDispatchBelowAutograd():
+                return cast(Tensor, redispatch(keys & torch._C._after_autograd_keyset, *args))
+        if not torch._C._are_functorch_transforms_active():
+            return cast(Tensor, apply(*args, keys))
+        # One level of torch.func, the innermost, is being differentiated here; the op's call goes on to the next.
+        with enable_single_level_autograd_function():
+            return cast(Tensor, apply(*args, keys))
 
-
-def _matmul_kbit_transposed(ctx: Any, ddx: Tensor) -> Grads:
-    dy = torch.ops.polybit.matmul_kbit(ddx, *ctx.saved_tensors, None, None, ctx.n, *ctx.sizes)
-    return (dy, *[None] * (_TRANSPOSED_SIZES + len(ctx.sizes)))
-
-
-def _setup_matmul_kbit_grouped(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, *group_and_weight = inputs[:_GROUPED_SIZES]
-    ctx.save_for_backward(*group_and_weight)
-    ctx.k, ctx.sizes = x.shape[-1], inputs[_GROUPED_SIZES + 1 :]
-
-
-def _matmul_kbit_grouped(ctx: Any, dy: Tensor) -> Grads:
-    dx = torch.ops.polybit.matmul_kbit_grouped_transposed(dy, *ctx.saved_tensors, ctx.k, *ctx.sizes)
-    return (dx, *[None] * (_GROUPED_SIZES + len(ctx.sizes)))
-
-
-def _setup_linear_int8(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, weight, weight_absmax, bias, *_ = inputs
-    ctx.save_for_backward(weight, weight_absmax)
-    ctx.bias_dtype = None if bias is None else bias.dtype
-
-
-def _linear_int8(ctx: Any, dy: Tensor) -> Grads:
-    dx = dbias = None
-    if ctx.needs_input_grad[0]:
-        # The rounding of x is taken as the identity (straight-through), as LLM.int8() does.
-        dx = torch.ops.polybit.linear_int8_transposed(dy, *ctx.saved_tensors)
-    if ctx.bias_dtype is not None and ctx.needs_input_grad[3]:
-        dbias = _bias_grad(dy, ctx.bias_dtype)
-    return dx, None, None, dbias, None, None
+    return kernel
 
 
 def register() -> None:
     """Register the derivatives with torch; called once, at import of the package, when the ops are defined."""
     from polybit.ops import LIB
 
-    rules: dict[str, tuple[Callable[..., Grads], Callable[..., None]]] = {
-        "matmul_kbit": (_matmul_kbit, _setup_matmul_kbit),
-        "matmul_kbit_transposed": (_matmul_kbit_transposed, _setup_matmul_kbit_transposed),
-        "matmul_kbit_grouped": (_matmul_kbit_grouped, _setup_matmul_kbit_grouped),
-        "linear_int8": (_linear_int8, _setup_linear_int8),
-    }
-    for op, (backward, setup_context) in rules.items():
-        torch.library.register_autograd(f"polybit::{op}", backward, setup_context=setup_context, lib=LIB)
+    for name, rule in RULES.items():
+        LIB.impl(name, _kernel(name, rule), "Autograd", with_keyset=True)  # type: ignore[no-untyped-call]
 
 
 register()

@@ -20,9 +20,7 @@ def _compute_dtype(x: Tensor) -> Tensor:
     device_type = x.device.type
     if not torch.amp.is_autocast_available(device_type) or not torch.is_autocast_enabled(device_type):
         return x
-    if x.is_floating_point():
-        return x.to(torch.get_autocast_dtype(device_type))
-    return x
+    return x.to(torch.get_autocast_dtype(device_type)) if x.dtype in KERNEL_DTYPES else x
 
 
 def _check(name: str, x: Tensor, weight: QTensor, bias: Tensor | None) -> int:
