@@ -266,6 +266,18 @@ def test_a_head_of_any_name_that_an_embedding_shares_follows_the_embeddings() ->
     assert both["words"].weight is both["decoder"].weight and both["decoder"].bias is not None
 
 
+def test_a_head_that_shares_the_weight_of_another_kind_of_embedding() -> None:
+    class Scaled(nn.Embedding):
+        pass
+
+    model = nn.ModuleDict({"words": Scaled(8, 64), "decoder": nn.Linear(64, 8), "other": nn.Linear(64, 8)})
+    model["decoder"].weight = model["words"].weight
+    with pytest.raises(ValueError, match="decoder shares its weight with words.weight, which .* has no quantized"):
+        quantize_(model, "nf4", skip=())
+    assert list(kinds(quantize_(model, "nf4", embeddings=True)).values()) == ["Scaled", "Linear", "Linear4bit nf4"]
+    assert model["words"].weight is model["decoder"].weight
+
+
 def test_two_linears_with_one_weight_stay_tied() -> None:
     model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
     model[1].weight = model[0].weight

@@ -98,7 +98,8 @@ def quantize_(
             return False
         if isinstance(module, nn.Embedding):
             return base if embeddings else None
-        is_head = _matches(name, "lm_head") or any(isinstance(other, nn.Embedding) for _, other in place.uses)
+        sharing = [other for _, other in (*place.uses, *place.others)]
+        is_head = _matches(name, "lm_head") or any(isinstance(other, nn.Embedding) for other in sharing)
         return None if skipped is None and is_head else base
 
     chosen = _choose("quantize_", places, wish)
@@ -134,11 +135,11 @@ def make_empty_(model: M, settings: Mapping[str, Settings]) -> M:
 
 @dataclass
 class _Place:
-    """A dense weight and who uses it: quantizable modules by name, and parameters of modules that are not."""
+    """A dense weight and who holds it: quantizable modules, and parameters (by name) of modules that are not."""
 
     weight: Tensor
     uses: list[tuple[str, nn.Module]] = field(default_factory=list)
-    others: list[str] = field(default_factory=list)
+    others: list[tuple[str, nn.Module]] = field(default_factory=list)
 
 
 def _places(model: nn.Module) -> list[_Place]:
@@ -152,7 +153,7 @@ def _places(model: nn.Module) -> list[_Place]:
         if not is_quantizable(module):
             for last, parameter in module.named_parameters(recurse=False):
                 if id(parameter) in places:
-                    places[id(parameter)].others.append(f"{name}.{last}" if name else last)
+                    places[id(parameter)].others.append((f"{name}.{last}" if name else last, module))
     return list(places.values())
 
 
@@ -166,7 +167,7 @@ def _choose(
         if not wanted:
             continue
         name, settings = next(iter(wanted.items()))
-        against = [other for other, asked in wishes.items() if asked is False] + place.others
+        against = [other for other, asked in wishes.items() if asked is False] + [other for other, _ in place.others]
         if against:
             raise ValueError(
                 f"{what}: {name} shares its weight with {against[0]}, which is to be left alone or has no quantized "

@@ -199,4 +199,4 @@ def transposed_weight(conv1d: nn.Module) -> Tensor:
     if not is_conv1d(conv1d):
         raise TypeError(f"from_conv1d: expected the Conv1D of GPT-2 (weight [in, nf]), got {type(conv1d).__name__}")
     assert isinstance(conv1d.weight, Tensor)
-    return conv1d.weight.t()
+    return conv1d.weight.detach().t()
