@@ -6,6 +6,7 @@ from polybit import autograd as autograd  # and the derivatives of its products
 from polybit import batching as batching  # torch.func.vmap over its ops
 from polybit import nn as nn
 from polybit import ops as ops  # registers torch.ops.polybit
+from polybit import optim as optim
 from polybit.backends import BackendError, backend, load_backend
 from polybit.formats import Format, get_format, register_format
 from polybit.qtensor import QTensor, quantize
