@@ -28,7 +28,8 @@ import matplotlib.pyplot as plt
 
 from polybit import get_format
 from polybit.checkpoint import from_tensors, is_quantized
-from polybit.integrations.encoders import Agreement, compare, embed, load_model
+from polybit.integrations.evaluate import Agreement, compare, embed
+from polybit.integrations.models import load_model
 from polybit.model_folder import read_state_dict
 
 OUT = Path("build/demo")

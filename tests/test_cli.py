@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import json
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -13,10 +16,17 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
+from tools import cpu_variants, run_python
 from typer.testing import CliRunner
 
-from polybit import checkpoint
-from polybit.cli import app
+import polybit.testing
+from polybit import checkpoint, spec
+from polybit.backends import BackendInfo
+from polybit.backends.discovery import LIBRARY_FOLDER, catalogue
+from polybit.backends.native import NativeBackend
+from polybit.cli import app, doctor
+from polybit.cli.bench import cases, medians
+from polybit.cli.support import RUNGS, build_table, count, read_counts, support
 from polybit.model_folder import INDEX, read_state_dict
 
 RUNNER = CliRunner()
@@ -183,6 +193,12 @@ def test_check_one_backend() -> None:
     assert run("check", "--backend", "abacus")[0] == 2
 
 
+@pytest.fixture
+def few_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("polybit.testing.check", functools.partial(polybit.testing.check, limit=2))
+
+
+@pytest.mark.usefixtures("few_samples")
 def test_check_fails_when_native_ops_are_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     counts = tmp_path / "counts.json"
     counts.write_text('{"emulator:32": 2}')
@@ -190,3 +206,233 @@ def test_check_fails_when_native_ops_are_lost(tmp_path: Path, monkeypatch: pytes
     code, text = run("check", "--backend", "emulator:32")
     assert code == 1
     assert "fell below the committed 2" in text
+
+
+README = Path(__file__).parent.parent / "README.md"
+VERIFIED = Path(__file__).parent.parent / "docs" / "verified.md"
+
+
+def test_the_table_of_the_readme_is_the_one_of_this_build() -> None:
+    if sys.platform != "linux" or platform.machine() != "x86_64":
+        pytest.skip("the README has the table of the x86-64 Linux build")
+    code, text = run("info", "--markdown")
+    assert code == 0
+    readme = README.read_text(encoding="utf-8")
+    table = readme.partition("<!-- support -->\n")[2].partition("<!-- /support -->")[0]
+    assert table == text, "paste the output of `polybit info --markdown` into README.md"
+
+
+def test_the_table_counts_what_is_there() -> None:
+    """The committed counts of native ops are exact, and so is the table that is made of them."""
+    table = build_table()
+    for name, kinds in support().items():
+        if name in table:  # else a plug-in that a test has loaded
+            assert count(kinds)["native"] == read_counts()[name], name
+            assert table[name] == count(kinds), name
+    assert all(sum(counts.values()) == len(spec.OPS) for counts in table.values())
+
+
+def test_rung_4_is_what_verified_md_records() -> None:
+    rows = [line.split("|") for line in VERIFIED.read_text(encoding="utf-8").splitlines() if line.startswith("| 20")]
+    assert all(len(row) == 9 for row in rows)
+    passed = {row[2].strip() for row in rows if row[7].strip().startswith("pass")}
+    assert passed == {name for name, rung in json.loads(RUNGS.read_text(encoding="utf-8")).items() if rung == 4}
+    assert {len(row[5].strip()) for row in rows} == {10}, "the commit, in 10 digits"
+
+
+def test_an_inherited_op_names_its_owner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A better variant with one op of its own in front of the real ones, as AVX512 BF16 is in front of AVX512."""
+    best = next(item for item in catalogue.backends if item.name == cpu_variants()[0])
+    mine = NativeBackend("cpu:mine", "cpu", "", best.origin, {"quantize_kbit": best.ops["quantize_kbit"]})
+    monkeypatch.setattr(catalogue, "backends", [mine, *catalogue.backends])
+    monkeypatch.setattr(catalogue, "version", catalogue.version + 1)
+    table = json.loads(run("info", "--json")[1])["support"]["cpu:mine"]
+    assert table["quantize_kbit"] == "native"
+    assert table["matmul_kbit"] == f"inherited from {best.name}"
+    text = run("info")[1]
+    assert f"cpu:mine: inherited from {best.name}: all but quantize_kbit" in text
+
+
+@pytest.mark.usefixtures("few_samples")
+def test_json_is_all_that_is_on_stdout(single: Path, tmp_path: Path) -> None:
+    result = RUNNER.invoke(app, ["quantize", str(single), str(tmp_path / "out"), "--json"])
+    data = json.loads(result.stdout)
+    assert (data["tensors"], data["quantized"]) == (5, 2)
+    assert data["ratio"] == data["bytes_after"] / data["bytes_before"] < 1
+    assert data["bytes_after"] == sum(tensor.nbytes for tensor in read_state_dict(tmp_path / "out").values())
+    result = RUNNER.invoke(app, ["quantize", str(single), str(tmp_path / "out"), "--json"])
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "not an empty folder" in result.stderr
+    result = RUNNER.invoke(app, ["check", "--backend", "emulator:32", "--json"])
+    data = json.loads(result.stdout)["emulator:32"]
+    assert (data["native"], data["failures"]) == (1, [])
+    assert data["samples"] == 2
+
+
+def test_wrong_usage_exits_with_2() -> None:
+    assert run("quantize")[0] == 2
+    assert run("no-such-command")[0] == 2
+    assert run("info", "--no-such-option")[0] == 2
+    assert "Exit codes" in run("--help")[1]
+
+
+SHOW_COMPLETION = """
+import polybit.cli, sys
+for shell in ("bash", "zsh", "fish"):
+    sys.argv = ["polybit", "--show-completion", shell]
+    try:
+        polybit.cli.main()
+    except SystemExit as end:
+        assert not end.code
+    print("---")
+"""
+
+
+def test_shell_completion() -> None:
+    # Otherwise the shell that started the tests would be asked for.
+    bash, zsh, fish, _ = run_python(SHOW_COMPLETION, _TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION="1").stdout.split(
+        "---"
+    )
+    assert "complete -o default -F _polybit_completion polybit" in bash
+    assert "compdef _polybit_completion polybit" in zsh
+    assert "complete --command polybit" in fish
+
+
+def test_completion_knows_the_commands() -> None:
+    env = {"_POLYBIT_COMPLETE": "complete_bash", "COMP_WORDS": "polybit qua", "COMP_CWORD": "1"}
+    assert run_python("import polybit.cli; polybit.cli.main()", **env).stdout.split() == ["quantize"]
+
+
+def test_bench_measures_the_backend_that_it_names() -> None:
+    code, text = run("bench", "--op", "dequantize_kbit", "--backend", "cpu:scalar", "--seconds", "0.01", "--json")
+    assert code == 0, text
+    data = json.loads(text)
+    assert data["backend"] == "cpu:scalar"
+    (timing,) = data["timings"]
+    assert (timing["op"], timing["backend"], timing["beside"]) == ("dequantize_kbit", "cpu:scalar", "torch reference")
+    assert 0.01 < timing["ms"] < 1e4
+    assert timing["speedup"] == timing["other_ms"] / timing["ms"]
+    assert run("bench", "--backend", "abacus")[0] == 2
+    code, text = run("bench", "--op", "abacus", "--seconds", "0.01")
+    assert code == 2
+    assert "op must be one of quantize_kbit" in text
+
+
+def test_the_median_is_one() -> None:
+    delays = iter([0.0] * 2 + [0.03, 0.0, 0.01, 0.0, 0.02, 0.0])
+    first, second = medians(lambda: time.sleep(next(delays)), lambda: time.sleep(next(delays)), 0.0)
+    assert 20 <= first < 30
+    assert second < 10
+
+
+def test_bench_computes_the_same_as_what_it_stands_beside() -> None:
+    """A case of bench is only worth something if both sides give the same."""
+    with polybit.backend("cpu", fallback="error"):
+        for case in cases("cpu"):
+            ours, theirs = case.run(), case.other()
+            limit = {"matmul_kbit": 0.02, "linear_int8": 1e-3, "gather_kbit": 0.02}.get(case.op, 1e-12)
+            pairs = zip(ours, theirs) if isinstance(ours, tuple) else [(ours, theirs)]
+            for got, want in pairs:
+                want = want[0] if isinstance(want, tuple) else want
+                assert got.shape == want.shape
+                total = want.double().square().sum().clamp(min=1e-30)
+                assert (got.double() - want.double()).square().sum() / total <= limit, case
+
+
+def test_doctor_on_this_machine() -> None:
+    """In a fresh interpreter: other tests load plug-ins that fail on purpose."""
+    code = "import polybit.cli.doctor as d; d.QUICK_SAMPLES = 1; from polybit.cli import app; "
+    done = run_python(code + "app(['doctor', '--quick', '--json'])", check=False)
+    data = json.loads(done.stdout)
+    assert (done.returncode, data["ok"]) == (0, True), data
+    assert "broken" not in [finding["level"] for finding in data["findings"]]
+    for name in cpu_variants():
+        assert data["self_test"][name] == {"samples": len(spec.OPS), "failures": []}
+
+
+def found(words: str) -> dict[str, str]:
+    """The finding of the doctor with these words; the exit code says whether something is broken."""
+    code, text = run("doctor", "--quick", "--json")
+    findings = json.loads(text)["findings"]
+    assert code == int(any(finding["level"] == "broken" for finding in findings))
+    (finding,) = [finding for finding in findings if words in finding["what"]]
+    assert finding["remedy"]
+    return finding
+
+
+@pytest.fixture
+def no_self_test(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "self_test", lambda samples: [])
+
+
+@pytest.mark.parametrize(
+    "name, value, level, words",
+    [
+        ("POLYBIT_BACKEND", "abacus", "broken", "abacus is unknown"),
+        ("POLYBIT_FALLBACK", "maybe", "broken", "POLYBIT_FALLBACK=maybe is unknown"),
+        ("POLYBIT_BACKEND", "cpu,emulator:32", "note", "a test vehicle"),
+        ("POLYBIT_BACKEND", " ,", "note", "names nothing"),
+        ("POLYBIT_BACKEND", "cpu:scalar", "note", "forces cpu:scalar"),
+    ],
+)
+@pytest.mark.usefixtures("no_self_test")
+def test_doctor_on_the_environment(
+    name: str, value: str, level: str, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, value)
+    assert found(words)["level"] == level
+
+
+@pytest.mark.usefixtures("no_self_test")
+def test_doctor_on_a_backend_without_its_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    absent = NativeBackend("mine:gpu", "cuda", "no such device", "/x.so", {})
+    monkeypatch.setattr(catalogue, "backends", [*catalogue.backends, absent])
+    monkeypatch.setenv("POLYBIT_BACKEND", "mine")
+    assert found("mine is not usable here: no such device")["level"] == "broken"
+
+
+@pytest.mark.parametrize(
+    "name, value, level, words",
+    [
+        ("torch.__version__", "2.5.1", "broken", "torch 2.5.1 is too old"),
+        ("version", lambda name: "2.8.0", "note", "intel-extension-for-pytorch 2.8.0 does not match"),
+        ("_C.openmp_library", lambda: "", "note", "no OpenMP pool"),
+        ("_C.thread_count", lambda: 1, "note", "run on 1 thread"),
+    ],
+)
+@pytest.mark.usefixtures("no_self_test")
+def test_doctor_on_the_installation(
+    name: str, value: object, level: str, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doctor, "_cores", lambda: 4)
+    monkeypatch.setattr(f"polybit.cli.doctor.{name}", value)
+    assert found(words)["level"] == level
+
+
+@pytest.mark.parametrize(
+    "origin, reason, remedy",
+    [
+        ("entry point bad", "ModuleNotFoundError: No module named 'bad'", "repair or uninstall the plug-in"),
+        ("/there/libmine.so", "built for op table 1, but this polybit has 2", "rebuild the plug-in"),
+        (str(LIBRARY_FOLDER / "libpolybit_x.so"), "built for op table 1", "reinstall polybit"),
+    ],
+)
+@pytest.mark.usefixtures("no_self_test")
+def test_doctor_on_a_source_that_failed(origin: str, reason: str, remedy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(catalogue, "failures", [BackendInfo(origin, "", False, reason, origin)])
+    finding = found(f"{origin} failed: {reason}")
+    assert finding["level"] == "broken"
+    assert remedy in finding["remedy"]
+
+
+def test_doctor_on_lost_libraries_and_wrong_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    scalar = next(item for item in catalogue.backends if item.name == "cpu:scalar")
+    broken = dataclasses.replace(scalar, ops={**scalar.ops, "matmul_int8": lambda stream, args, outs: None})
+    monkeypatch.setattr(doctor, "QUICK_SAMPLES", 1)
+    monkeypatch.setattr(catalogue, "backends", [broken])
+    monkeypatch.setattr(catalogue, "version", catalogue.version + 1)
+    finding = found("cpu:scalar: 1 of 23 samples are wrong, first: matmul_int8".replace("23", str(len(spec.OPS))))
+    assert finding["level"] == "broken"
+    monkeypatch.setattr(catalogue, "backends", [])
+    monkeypatch.setattr(catalogue, "version", catalogue.version + 1)
+    assert found("no CPU backend is usable")["level"] == "broken"

@@ -65,14 +65,20 @@ def test_embeddings_and_lm_head_stay_unless_asked_for(tmp_path: Path) -> None:
 
 
 def test_overrides_first_match_wins(tmp_path: Path) -> None:
-    source = make(
-        tmp_path / "source", {f"layers.{i}.{n}.weight": randn(16, 256) for i in range(2) for n in ("up", "down")}
-    )
-    overrides = {"layers.0.*": {"format": "int8"}, "down": {"format": "lloyd3", "block_size": 128}}
+    weights = {f"layers.{i}.{n}.weight": randn(16, 256) for i in range(2) for n in ("up", "down", "skipped")}
+    source = make(tmp_path / "source", weights | {"lm_head.weight": randn(4, 64), "embed.weight": randn(4, 64)})
+    overrides = {
+        "lm_head": "fp4",
+        "embed": "int8",
+        "layers.1.skipped": None,
+        "layers.0.*": "int8",
+        "down": {"format": "lloyd3", "block_size": 128},
+    }
     quantize_folder(source, tmp_path / "out", overrides=overrides)
     tensors = read_state_dict(tmp_path / "out")
     layouts = {}
-    for name in ("layers.0.up", "layers.0.down", "layers.1.up", "layers.1.down"):
+    assert torch.equal(tensors["layers.1.skipped.weight"], weights["layers.1.skipped.weight"])
+    for name in ("layers.0.up", "layers.0.down", "layers.1.up", "layers.1.down", "lm_head", "embed"):
         weight = checkpoint.from_tensors(tensors, f"{name}.weight")
         layouts[name] = weight.format_name, weight.block_size
     assert layouts == {
@@ -80,22 +86,26 @@ def test_overrides_first_match_wins(tmp_path: Path) -> None:
         "layers.0.down": ("int8", 64),
         "layers.1.up": ("nf4", 64),
         "layers.1.down": ("lloyd3", 128),
+        "lm_head": ("fp4", 64),
+        "embed": ("int8", 64),
     }
     recorded = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
-    assert recorded["overrides"] == overrides
+    assert list(recorded["overrides"]) == list(overrides)
+    assert recorded["overrides"]["down"]["block_size"] == 128
 
 
 @pytest.mark.parametrize(
     "overrides, words",
     [
-        ({"nothing.*": {"format": "int8"}}, "'nothing.\\*' matches no weight"),
-        ({"lm_head": {"format": "int8"}}, "'lm_head' matches no weight"),
+        ({"nothing.*": {"format": "int8"}}, "'nothing.\\*' matches no linear layer"),
+        ({"norm": {"format": "int8"}}, "'norm' matches no linear layer"),
+        ({"*up": {"bits": 4}}, "settings are format, .* got 'bits'"),
         ({"*up": {"format": "nf5"}}, "unknown format 'nf5'"),
         ({"*up": {"format": "nf4", "block_size": 48}}, "power of two"),
     ],
 )
 def test_wrong_overrides(overrides: dict[str, Any], words: str, tmp_path: Path) -> None:
-    source = make(tmp_path / "source", {"up.weight": randn(4, 64), "lm_head.weight": randn(4, 64)})
+    source = make(tmp_path / "source", {"up.weight": randn(4, 64), "norm.weight": randn(64)})
     with pytest.raises(ValueError, match=words):
         quantize_folder(source, tmp_path / "out", overrides=overrides)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]

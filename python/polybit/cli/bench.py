@@ -16,7 +16,7 @@ from rich.table import Table
 from torch import Tensor
 
 import polybit
-from polybit import backends, spec
+from polybit import backends, functional, spec
 from polybit.cli.common import Json, console, input_errors, print_json, stop
 from polybit.formats import get_format
 
@@ -84,19 +84,21 @@ def cases(device: str) -> Iterator[Case]:
         "dense embedding",
         partial(F.embedding, index, weight),
     )
+    kbit = polybit.quantize(weight, "nf4", block_size=BLOCK, double_quant=False)
+    int8 = polybit.quantize(weight, "int8")
     for m in (1, 16, 128):
         x = randn(m, SIZE)
         yield Case(
             "matmul_kbit",
             f"nf4 {shape} M={m}",
-            partial(ops.matmul_kbit, x, *nf4, None, None, SIZE, BLOCK, 4, 0, 0),
+            partial(functional.linear, x, kbit),
             "dense linear",
             partial(F.linear, x, weight),
         )
         yield Case(
             "linear_int8",
             f"{shape} M={m}",
-            partial(ops.linear_int8, x, rows, scale, None, 6.0),
+            partial(functional.linear_int8, x, int8),
             "dense linear",
             partial(F.linear, x, weight),
         )

@@ -2,32 +2,82 @@
 
 from __future__ import annotations
 
-import dataclasses
+from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from polybit.cli.common import Json, input_errors, print_json
+from polybit.cli.common import Json, input_errors, print_json, stop
+from polybit.model_folder import read_config
 
 
 def evaluate(
     source: Annotated[Path, typer.Argument(help="The original model folder.")],
     target: Annotated[Path, typer.Argument(help="The quantized one.")],
-    sentences: Annotated[Path, typer.Option(help="A text file, one sentence a line.")],
+    text: Annotated[Path, typer.Option(help="A text file; for an encoder one sentence a line.")],
+    window: Annotated[int | None, typer.Option(help="Decoder: tokens seen at once. Default: 2048 or less.")] = None,
+    stride: Annotated[int | None, typer.Option(help="Decoder: tokens that a window moves by. Default: half.")] = None,
+    device: Annotated[str, typer.Option(help="Where to run the models.")] = "cpu",
     as_json: Json = False,
 ) -> None:
-    """Embed sentences with both models: mean and worst cosine, agreement of the 10 nearest neighbours."""
-    from polybit.integrations.encoders import compare, embed, load_model
+    """Hold a quantized model against its original.
+
+    Encoders embed the lines of the text: mean and worst cosine, agreement of the 10 nearest neighbours. Decoders
+    (causal language models) predict it: perplexity of both, and their ratio. Needs transformers.
+    """
+    if find_spec("transformers") is None:
+        stop("eval", "needs transformers: pip install 'polybit[eval]'")
+    from polybit.integrations.models import is_causal
 
     with input_errors("eval"):
-        lines = [line.strip() for line in sentences.read_text(encoding="utf-8").splitlines() if line.strip()]
-        original, other = (embed(load_model(folder), folder, lines) for folder in (source, target))
-        result = compare(original, other)
+        content = text.read_text(encoding="utf-8")
+        if is_causal(read_config(source)):
+            result, line = _decoder(source, target, content, window, stride, device)
+        elif window is None and stride is None:
+            result, line = _encoder(source, target, content, device)
+        else:
+            raise ValueError(f"window and stride are for decoders, and {source} is an encoder")
     if as_json:
-        print_json(dataclasses.asdict(result))
-        return
-    typer.echo(
+        print_json(result)
+    else:
+        typer.echo(line)
+
+
+def _encoder(source: Path, target: Path, text: str, device: str) -> tuple[dict[str, Any], str]:
+    from polybit.integrations.evaluate import compare, embed
+    from polybit.integrations.models import load_model
+
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    if len(lines) < 2:
+        raise ValueError(f"the text must have at least 2 lines, got {len(lines)}")
+    original, other = (embed(load_model(folder).to(device), folder, lines) for folder in (source, target))
+    result = compare(original, other)
+    line = (
         f"mean cosine {result.cosine_mean:.5f}, worst {result.cosine_worst:.5f}, "
         f"retrieval agreement@10 {result.retrieval_at_10:.4f}"
     )
+    return {"kind": "encoder", "sentences": len(lines), **asdict(result)}, line
+
+
+def _decoder(
+    source: Path, target: Path, text: str, window: int | None, stride: int | None, device: str
+) -> tuple[dict[str, Any], str]:
+    from polybit.integrations.evaluate import perplexity, tokenize
+    from polybit.integrations.models import load_model
+
+    tokens = tokenize(source, text)
+    original, other = (
+        perplexity(load_model(folder).to(device), tokens, window=window, stride=stride) for folder in (source, target)
+    )
+    ratio = other.perplexity / original.perplexity
+    result = {
+        "kind": "decoder",
+        "tokens": original.tokens,
+        "perplexity_original": original.perplexity,
+        "perplexity": other.perplexity,
+        "ratio": ratio,
+    }
+    line = f"perplexity {original.perplexity:.4f} -> {other.perplexity:.4f} ({ratio:.4f}) on {original.tokens} tokens"
+    return result, line

@@ -13,15 +13,16 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from polybit.cli.common import Json, input_errors, print_json
-from polybit.quantize_folder import DEFAULT_SKIP, Recipe, quantize_folder
+from polybit.nn.convert import Override
+from polybit.quantize_folder import DEFAULT_SKIP, quantize_folder
 
 _SKIP_HELP = (
     "Pattern of modules to leave alone, by full name or last component; repeatable. "
     f"Default: {', '.join(DEFAULT_SKIP)}."
 )
 _OVERRIDE_HELP = (
-    "PATTERN=FORMAT[,block_size=N][,double_quant=true|false][,search=true|false] for the modules that the pattern "
-    "matches; repeatable, the first match wins."
+    "PATTERN=FORMAT[,block_size=N][,double_quant=BOOL][,search=BOOL][,threshold=X] for the modules that the pattern "
+    "matches, or PATTERN=none to leave them alone; repeatable, the first match wins, also over --skip."
 )
 
 
@@ -44,7 +45,7 @@ def quantize(
     A run that was killed can simply be started again.
     """
     with input_errors("quantize"), _progress() as progress:
-        overrides: dict[str, dict[str, Any]] = {}
+        overrides: dict[str, Override] = {}
         for text in override or []:
             pattern, fields = parse_override(text)
             overrides.setdefault(pattern, fields)
@@ -72,35 +73,35 @@ def quantize(
     )
 
 
-def parse_override(text: str) -> tuple[str, dict[str, Any]]:
+def parse_override(text: str) -> tuple[str, Override]:
     """("*.down_proj", {"format": "int8", "block_size": 128}) of "*.down_proj=int8,block_size=128"."""
     pattern, equals, rest = text.partition("=")
     format, *options = rest.split(",")
     if not (pattern and equals and format) or "=" in format:
         raise ValueError(f"override must be PATTERN=FORMAT[,block_size=N...], got {text!r}")
+    if format == "none" and not options:
+        return pattern, None
     fields: dict[str, Any] = {"format": format}
     for option in options:
         key, _, value = option.partition("=")
+        if key not in _OPTIONS:
+            raise ValueError(f"override: option must be one of {', '.join(_OPTIONS)}, got {option!r}")
         try:
             fields[key] = _OPTIONS[key](value)
-        except KeyError:
-            raise ValueError(f"override option must be one of {', '.join(_OPTIONS)}, got {option!r}") from None
+        except ValueError as problem:
+            raise ValueError(f"override: {key}: {problem}") from None
     return pattern, fields
-
-
-def _number(text: str) -> int:
-    if not text.isdecimal():
-        raise ValueError(f"override: block_size must be a number, got {text!r}")
-    return int(text)
 
 
 def _truth(text: str) -> bool:
     if text not in ("true", "false"):
-        raise ValueError(f"override: double_quant and search must be true or false, got {text!r}")
+        raise ValueError(f"must be true or false, got {text!r}")
     return text == "true"
 
 
-_OPTIONS: dict[str, Callable[[str], Any]] = {"block_size": _number, "double_quant": _truth, "search": _truth}
+_OPTIONS: dict[str, Callable[[str], Any]] = {
+    "block_size": int, "double_quant": _truth, "search": _truth, "threshold": float
+}  # fmt: skip
 
 
 @contextmanager
@@ -111,6 +112,3 @@ def _progress() -> Iterator[Callable[[int, int], None]]:
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("quantize", total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
-
-
-assert {"format", *_OPTIONS} == {field.name for field in dataclasses.fields(Recipe)}

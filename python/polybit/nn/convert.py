@@ -84,22 +84,25 @@ def quantize_(
             "use from_linear, from_conv1d or from_embedding"
         )
     skipped = None if skip is None else tuple(skip)
-    rules = {pattern: _override(pattern, value, base) for pattern, value in (overrides or {}).items()}
+    rules = {
+        pattern: read_override(f"quantize_: overrides[{pattern!r}]", value, base)
+        for pattern, value in (overrides or {}).items()
+    }
     places = _places(model)
     for pattern in rules:
-        if not any(_matches(name, pattern) for place in places for name, _ in place.uses):
+        if not any(matches(name, pattern) for place in places for name, _ in place.uses):
             raise ValueError(f"quantize_: overrides[{pattern!r}] matches no Linear, Conv1D or Embedding of the model")
 
     def wish(name: str, module: nn.Module, place: _Place) -> _Wish:
         for pattern, settings in rules.items():
-            if _matches(name, pattern):
+            if matches(name, pattern):
                 return settings
-        if skipped is not None and any(_matches(name, pattern) for pattern in skipped):
+        if skipped is not None and any(matches(name, pattern) for pattern in skipped):
             return False
         if isinstance(module, nn.Embedding):
             return base if embeddings else None
         sharing = [other for _, other in (*place.uses, *place.others)]
-        is_head = _matches(name, "lm_head") or any(isinstance(other, nn.Embedding) for other in sharing)
+        is_head = matches(name, "lm_head") or any(isinstance(other, nn.Embedding) for other in sharing)
         return None if skipped is None and is_head else base
 
     chosen = _choose("quantize_", places, wish)
@@ -220,8 +223,8 @@ def _blame(where: str) -> Iterator[None]:
         raise type(error)(f"{where}: {error}") from None
 
 
-def _override(pattern: str, value: Override, base: Settings) -> Settings | Literal[False]:
-    where = f"quantize_: overrides[{pattern!r}]"
+def read_override(where: str, value: Override, base: Settings) -> Settings | Literal[False]:
+    """The settings that an override stands for; False: leave alone. `where` begins the message of an error."""
     if value is None or value is False:
         return False
     if isinstance(value, str | Format):
@@ -236,7 +239,8 @@ def _override(pattern: str, value: Override, base: Settings) -> Settings | Liter
         return replace(base, **({"search": False} if int8 else {}) | dict(value))  # the general search is for k-bit
 
 
-def _matches(name: str, pattern: str) -> bool:
+def matches(name: str, pattern: str) -> bool:
+    """Whether a pattern (fnmatch) matches a module's full name or its last component."""
     return fnmatchcase(name, pattern) or fnmatchcase(name.rpartition(".")[2], pattern)
 
 

@@ -1,0 +1,271 @@
+"""Models of transformers from quantized folders, and `polybit eval` on them. Tiny models, made here; no network."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import tokenizers
+import transformers
+
+import polybit
+from polybit.cli import app
+from polybit.integrations.evaluate import perplexity, tokenize
+from polybit.integrations.models import load_model
+from polybit.model_folder import FolderError, read_state_dict
+from polybit.nn import Embedding4bit, Linear4bit, Linear8bit, LinearKbit
+from polybit.quantize_folder import quantize_folder
+
+TEXT = (Path(__file__).parent.parent / "examples" / "sentences.txt").read_text(encoding="utf-8")[:1500]
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """The models are so small that threads only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def llama(tied: bool) -> transformers.PretrainedConfig:
+    return transformers.LlamaConfig(
+        vocab_size=200, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64, tie_word_embeddings=tied,
+    )  # fmt: skip
+
+
+def gpt2() -> transformers.PretrainedConfig:
+    return transformers.GPT2Config(vocab_size=200, n_positions=64, n_embd=64, n_layer=2, n_head=4)
+
+
+CONFIGS = {"llama": lambda: llama(False), "llama tied": lambda: llama(True), "gpt2": gpt2}
+
+
+def save(folder: Path, config: transformers.PretrainedConfig) -> Any:
+    """A random causal model with a tokenizer trained on the text; returns the model."""
+    torch.manual_seed(3)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(3)  # so that the predictions are not all alike
+    model.save_pretrained(folder)
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=200, special_tokens=["[UNK]"])
+    tokenizer.train_from_iterator([TEXT], trainer)
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]").save_pretrained(folder)
+    (folder / "text.txt").write_text(TEXT, encoding="utf-8")
+    return model
+
+
+def run(*args: object) -> tuple[int, str, str]:
+    result = CliRunner().invoke(app, [str(arg) for arg in args])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result.exit_code, result.stdout, result.stderr
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_loaded_model_computes_what_a_converted_one_does(name: str, tmp_path: Path) -> None:
+    """The way through a folder against nn.quantize_ on the model that transformers itself has read."""
+    save(tmp_path / "model", CONFIGS[name]())
+    want = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()
+    index = torch.arange(40).reshape(2, 20) % 200
+    with torch.no_grad():
+        assert torch.equal(load_model(tmp_path / "model")(index).logits, want(index).logits)
+    for format in ("nf4", "int8", "lloyd3"):
+        quantize_folder(tmp_path / "model", tmp_path / format, format)
+        got = load_model(tmp_path / format)
+        kinds = {type(module) for module in got.modules()}
+        assert {"nf4": Linear4bit, "int8": Linear8bit, "lloyd3": LinearKbit}[format] in kinds
+        converted = polybit.nn.quantize_(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model"), format)
+        with torch.no_grad():
+            assert torch.equal(got(index).logits, converted.eval()(index).logits)
+
+
+def test_embeddings_tied_and_untied(tmp_path: Path) -> None:
+    index = torch.arange(20).reshape(1, 20)
+    for tied in (True, False):
+        folder = tmp_path / f"tied {tied}"
+        save(folder, llama(tied))
+        assert ("lm_head.weight" in read_state_dict(folder)) is not tied
+        out = tmp_path / f"out {tied}"
+        assert run("quantize", folder, out, "--embeddings", "--override", "lm_head=nf4")[0] == (2 if tied else 0)
+        if tied:  # there is no lm_head in the file; the embedding stands for both
+            assert run("quantize", folder, out, "--embeddings")[0] == 0
+        got = load_model(out)
+        assert isinstance(got.model.embed_tokens, Embedding4bit)
+        assert isinstance(got.lm_head, Linear4bit)
+        assert (got.lm_head.weight is got.model.embed_tokens.weight) is tied
+        converted = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+        polybit.nn.quantize_(converted, "nf4", embeddings=True, skip=())
+        with torch.no_grad():
+            assert torch.equal(got(index).logits, converted(index).logits)
+
+
+def test_overrides_and_thresholds_come_back(tmp_path: Path) -> None:
+    save(tmp_path / "model", llama(False))
+    code, _, error = run(
+        "quantize", tmp_path / "model", tmp_path / "out", "--threshold", "5",
+        "--override", "layers.0.*=nf4", "--override", "*.layers.0.*=int8,threshold=3", "--override", "down_proj=int8",
+        "--override", "lm_head=lloyd2,block_size=32,double_quant=false", "--override", "q_proj=none",
+    )  # fmt: skip
+    assert code == 2
+    assert "override of 'layers.0.*' matches no linear layer" in error
+    code, _, error = run(
+        "quantize", tmp_path / "model", tmp_path / "out", "--threshold", "5",
+        "--override", "*.layers.0.*=int8,threshold=3", "--override", "down_proj=int8",
+        "--override", "lm_head=lloyd2,block_size=32,double_quant=false", "--override", "q_proj=none",
+    )  # fmt: skip
+    assert code == 0, error
+    model = load_model(tmp_path / "out")
+    first, second = model.model.layers
+    assert isinstance(first.self_attn.q_proj, Linear8bit)
+    assert first.mlp.down_proj.threshold == 3
+    assert second.mlp.down_proj.threshold == 5
+    assert type(second.self_attn.q_proj) is torch.nn.Linear
+    assert isinstance(second.self_attn.k_proj, Linear4bit)
+    weight = model.lm_head.weight
+    assert (weight.format_name, weight.block_size, weight.double_quant) == ("lloyd2", 32, False)
+
+
+@pytest.mark.parametrize(
+    "option, words",
+    [
+        ("nf4", "PATTERN=FORMAT"),
+        ("*=nf5", "unknown format 'nf5'"),
+        ("*=nf4,block_size=48", "power of two"),
+        ("*=nf4,block_size=many", "block_size"),
+        ("*=nf4,search=perhaps", "must be true or false"),
+        ("*=nf4,bits=4", "option must be one of"),
+    ],
+)
+def test_wrong_overrides(option: str, words: str, tmp_path: Path) -> None:
+    save(tmp_path / "model", llama(False))
+    code, _, error = run("quantize", tmp_path / "model", tmp_path / "out", "--override", option)
+    assert code == 2
+    assert words in error
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def independent(model: Any, tokens: torch.Tensor, window: int, stride: int) -> float:
+    """Perplexity token by token, each from the window that predicts it first, in fp64."""
+    losses = []
+    for position in range(1, len(tokens)):
+        begin = 0
+        while begin + window <= position:
+            begin += stride
+        context = tokens[begin:position]
+        with torch.no_grad():
+            scores = model(context.unsqueeze(0)).logits[0, -1].double()
+        losses.append(math.log(torch.exp(scores).sum().item()) - scores[tokens[position]].item())
+    return math.exp(sum(losses) / len(losses))
+
+
+@pytest.mark.parametrize("window, stride", [(32, 16), (32, 31), (17, 3), (64, 32)])
+def test_perplexity_against_an_independent_computation(window: int, stride: int, tmp_path: Path) -> None:
+    model = save(tmp_path / "model", llama(False))
+    tokens = tokenize(tmp_path / "model", TEXT)[:100]
+    got = perplexity(model, tokens, window=window, stride=stride)
+    assert got.tokens == 99
+    want = independent(model, tokens, window, stride)
+    assert abs(got.perplexity / want - 1) < 1e-5
+    assert want > 50  # a random model knows nothing
+
+
+def test_perplexity_of_short_texts_and_wrong_windows(tmp_path: Path) -> None:
+    model = save(tmp_path / "model", llama(False))
+    tokens = torch.tensor([5, 7])
+    scores = torch.log_softmax(model(tokens[:1].unsqueeze(0)).logits[0, 0].double(), -1)
+    assert perplexity(model, tokens).perplexity == pytest.approx(math.exp(-scores[7].item()), rel=1e-5)
+    for options, words in (
+        ({"window": 65}, "window must be 2...64"),
+        ({"window": 1}, "window must be 2...64"),
+        ({"window": 8, "stride": 8}, "stride must be 1...7"),
+        ({"window": 8, "stride": 0}, "stride must be 1...7"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            perplexity(model, tokens, **options)
+    with pytest.raises(ValueError, match="at least 2 tokens"):
+        perplexity(model, tokens[:1])
+
+
+def test_eval_of_a_decoder(tmp_path: Path) -> None:
+    model = save(tmp_path / "model", llama(True))
+    tokens = tokenize(tmp_path / "model", TEXT)
+    ratios = {}
+    for format in ("int8", "int2"):
+        quantize_folder(tmp_path / "model", tmp_path / format, format)
+        text = tmp_path / "model" / "text.txt"
+        options = ("--text", text, "--window", 32, "--stride", 24, "--json")
+        code, out, error = run("eval", tmp_path / "model", tmp_path / format, *options)
+        assert code == 0, error
+        result = json.loads(out)
+        assert result["kind"] == "decoder"
+        assert result["tokens"] == len(tokens) - 1
+        want = perplexity(model, tokens, window=32, stride=24).perplexity
+        assert result["perplexity_original"] == pytest.approx(want, rel=1e-6)
+        want = perplexity(load_model(tmp_path / format), tokens, window=32, stride=24).perplexity
+        assert result["perplexity"] == pytest.approx(want, rel=1e-6)
+        assert result["ratio"] == pytest.approx(result["perplexity"] / result["perplexity_original"])
+        ratios[format] = result["ratio"]
+    assert abs(ratios["int8"] - 1) < 0.005
+    assert abs(ratios["int2"] - 1) > 0.02
+    code, out, _ = run("eval", tmp_path / "model", tmp_path / "int8", "--text", text)
+    assert code == 0
+    assert out.startswith("perplexity ")
+
+
+def test_eval_of_wrong_folders(tmp_path: Path) -> None:
+    save(tmp_path / "model", llama(True))
+    quantize_folder(tmp_path / "model", tmp_path / "out", "nf4")
+    text = tmp_path / "model" / "text.txt"
+    assert run("eval", tmp_path / "model", tmp_path / "absent", "--text", text)[0] == 2
+    assert run("eval", tmp_path / "model", tmp_path / "out", "--text", tmp_path / "absent.txt")[0] == 2
+    code, out, error = run("eval", tmp_path / "model", tmp_path / "out", "--text", text, "--stride", 99)
+    assert (code, out) == (2, "")
+    assert "stride must be" in error
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    (tmp_path / "out" / "config.json").write_text(json.dumps(config | {"intermediate_size": 96}))
+    with pytest.raises((FolderError, ValueError), match="shape"):
+        load_model(tmp_path / "out")
+    (tmp_path / "out" / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 1}))
+    with pytest.raises(FolderError, match="does not fit its model class"):
+        load_model(tmp_path / "out")
+
+
+def test_bodies_and_heads(tmp_path: Path) -> None:
+    """An encoder saved for masked language modelling serves as encoder; GPT-2's own files lack their prefix."""
+    torch.manual_seed(1)
+    config = transformers.BertConfig(
+        vocab_size=50, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64
+    )
+    head = transformers.BertForMaskedLM(config).eval()
+    head.save_pretrained(tmp_path / "bert")
+    quantize_folder(tmp_path / "bert", tmp_path / "q", "int8")
+    index = torch.arange(12).reshape(1, 12)
+    with torch.no_grad():
+        want = head.bert(index).last_hidden_state
+        got = load_model(tmp_path / "bert")(index).last_hidden_state
+        quantized = load_model(tmp_path / "q")(index).last_hidden_state
+    assert torch.equal(got, want)
+    assert 0 < (quantized - want).square().sum() / want.square().sum() < 1e-3
+
+    model = transformers.GPT2LMHeadModel(gpt2()).eval()
+    body = tmp_path / "gpt2"
+    model.transformer.save_pretrained(body)
+    saved = json.loads((body / "config.json").read_text())
+    (body / "config.json").write_text(json.dumps(saved | {"architectures": ["GPT2LMHeadModel"]}))
+    with torch.no_grad():
+        assert torch.equal(load_model(body)(index).logits, model(index).logits)
