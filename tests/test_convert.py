@@ -437,7 +437,7 @@ def test_progress_bar(capsys: pytest.CaptureFixture[str]) -> None:
 def test_load_model_takes_every_kind_from_a_folder(tmp_path: Path) -> None:
     from transformers import GPT2Config, GPT2Model
 
-    from polybit.integrations.encoders import load_model
+    from polybit.integrations.models import load_model
 
     torch.manual_seed(0)
     config = GPT2Config(vocab_size=40, n_positions=8, n_embd=64, n_layer=1, n_head=2)
