@@ -1,11 +1,13 @@
 """Conformance: hold a backend, in the tree or out of it, to the specification.
 
-import polybit
-from polybit.testing import check
+::
 
-polybit.load_backend("libpolybit_mine.so")
-for op in polybit.spec.OPS:
-    check(op, "mine").raise_failures()
+    import polybit
+    from polybit.testing import check
+
+    polybit.load_backend("libpolybit_mine.so")
+    for op in polybit.spec.OPS:
+        check(op, "mine").raise_failures()
 """
 
 from __future__ import annotations
