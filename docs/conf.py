@@ -1,4 +1,4 @@
-"""Sphinx: the pages of this folder, and the API reference from docstrings. `make docs` builds it, warnings as errors."""
+"""Sphinx: the pages of this folder and the API reference. `make docs` builds it, warnings as errors."""
 
 from __future__ import annotations
 

@@ -15,10 +15,15 @@ from polybit.qtensor import KERNEL_DTYPES, TORCH_FUNCTIONS, QTensor, quantize
 __all__ = ["embedding", "linear", "linear_int8", "quantize"]
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch 2.6 cannot trace it
+def _has_autocast(device_type: str) -> bool:
+    return torch.amp.is_autocast_available(device_type)
+
+
 def _compute_dtype(x: Tensor) -> Tensor:
     # Autocast does not know the ops of other libraries; a linear layer is one of those it runs in the lower precision.
     device_type = x.device.type
-    if not torch.amp.is_autocast_available(device_type) or not torch.is_autocast_enabled(device_type):
+    if not _has_autocast(device_type) or not torch.is_autocast_enabled(device_type):
         return x
     return x.to(torch.get_autocast_dtype(device_type)) if x.dtype in KERNEL_DTYPES else x
 
