@@ -187,6 +187,12 @@ def test_import_is_quiet() -> None:
     assert done.stdout == "" and done.stderr == ""
 
 
+def test_import_leaves_the_compiler_alone() -> None:
+    """torch._dynamo takes as long to import as torch itself."""
+    done = run_python("import sys, torch, polybit; print('torch._dynamo' in sys.modules)")
+    assert done.stdout == "False\n"
+
+
 def test_no_warning_where_a_kernel_runs() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -10,12 +10,13 @@ from torch import Tensor
 
 from polybit import autograd as autograd  # registers the derivatives
 from polybit.backends import deterministic
+from polybit.backends.selection import constant_in_traces
 from polybit.qtensor import KERNEL_DTYPES, TORCH_FUNCTIONS, QTensor, quantize
 
 __all__ = ["embedding", "linear", "linear_int8", "quantize"]
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch 2.6 cannot trace it
+@constant_in_traces  # torch 2.6 cannot trace it
 def _has_autocast(device_type: str) -> bool:
     return torch.amp.is_autocast_available(device_type)
 

@@ -9,17 +9,18 @@ from __future__ import annotations
 import os
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-
-import torch
+from typing import ParamSpec, TypeVar
 
 from polybit import _C
 from polybit.backends.base import Backend, BackendError, BackendInfo, Kernel, Resolution
 from polybit.backends.discovery import AUTOMATIC_FAMILIES, catalogue, family
 
+P = ParamSpec("P")
+R = TypeVar("R")
 POLICIES = ("warn", "error", "silent")
 
 
@@ -123,7 +124,13 @@ def _read_environment() -> Selection:
         return _default
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # read once: a trace may rely on it
+def constant_in_traces(function: Callable[P, R]) -> Callable[P, R]:
+    """``torch.compiler.assume_constant_result``, which would import all of ``torch._dynamo`` with the package."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+@constant_in_traces  # read once: a trace may rely on it
 def deterministic() -> bool:
     """Whether ``POLYBIT_DETERMINISTIC=1`` is set: a row of a result then depends on that row of the input alone.
 

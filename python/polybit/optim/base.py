@@ -9,6 +9,7 @@ from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo  # torch.compiler.disable would import all of torch._dynamo with us
 
 from polybit.optim.overrides import SETTINGS, settings_of
 from polybit.optim.state import (
@@ -118,7 +119,7 @@ class Optimizer(torch.optim.Optimizer):
         scale = getattr(self, "grad_scale", None)
         return 1.0 if scale is None else 1.0 / float(scale)
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # Python bookkeeping around one opaque op
+    @_disable_dynamo  # Python bookkeeping around one opaque op
     def _update(self, scale: float) -> None:
         for group in self.param_groups:
             for param in group["params"]:
