@@ -90,6 +90,11 @@ def sum_rows(dy: Tensor, dtype: torch.dtype) -> Tensor:
     return dy.reshape(-1, dy.shape[-1]).sum(0).to(dtype)
 
 
+def _outer(dy: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """The gradient of a weight: dy^T x over all rows, computed in the dtype of x."""
+    return (dy.reshape(-1, dy.shape[-1]).t() @ x.reshape(-1, x.shape[-1])).to(dtype)
+
+
 def _function(name: str, rule: Rule) -> Any:
     """The node of the graph. Its last argument is the set of dispatch keys that the op was called with."""
     redispatch = getattr(ops, name).default.redispatch
@@ -143,6 +148,61 @@ def _kernel(name: str, rule: Rule) -> Callable[..., Tensor]:
             return cast(Tensor, apply(*args, keys))
 
     return kernel
+
+
+class LinearInt8Trained(torch.autograd.Function):
+    """linear_int8 of a dense weight that is quantized by rows on the way: (x, weight, bias, threshold, row_outliers).
+
+    Both roundings are taken as the identity, so that dx = dy W and dW = dy^T x, with the W that the product has seen
+    (its int8 codes, which are made again instead of kept) and with x as it came. No forward mode: torch.compile refuses
+    a Function that has one.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor, bias: Tensor | None, threshold: float, row_outliers: int) -> Tensor:
+        q, absmax, _ = ops.quantize_int8(weight, 0.0)
+        return cast(Tensor, ops.linear_int8(x, q, absmax, bias, threshold, row_outliers))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, weight, bias, _, _ = inputs
+        ctx.save_for_backward(x, weight)
+        ctx.bias_dtype = None if bias is None else bias.dtype
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        dx = dweight = dbias = None
+        if ctx.needs_input_grad[0]:
+            dx = _LinearInt8TrainedTransposed.apply(dy, weight)  # type: ignore[no-untyped-call]
+        if ctx.needs_input_grad[1]:
+            dweight = _outer(dy, x, weight.dtype)
+        if ctx.bias_dtype is not None and ctx.needs_input_grad[2]:
+            dbias = sum_rows(dy, ctx.bias_dtype)
+        return dx, dweight, dbias, None, None
+
+
+class _LinearInt8TrainedTransposed(torch.autograd.Function):
+    """dx = dy W of LinearInt8Trained, so that it has derivatives, too."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(dy: Tensor, weight: Tensor) -> Tensor:
+        q, absmax, _ = ops.quantize_int8(weight, 0.0)
+        return cast(Tensor, ops.linear_int8_transposed(dy, q, absmax))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, ddx: Tensor) -> tuple[Tensor | None, ...]:
+        dy, weight = ctx.saved_tensors
+        q, absmax, _ = ops.quantize_int8(weight, 0.0)
+        return _dense(ddx, (q, absmax)), _outer(dy, ddx, weight.dtype)
 
 
 def register() -> None:

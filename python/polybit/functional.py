@@ -13,7 +13,7 @@ from polybit.backends import deterministic
 from polybit.backends.selection import constant_in_traces
 from polybit.qtensor import KERNEL_DTYPES, TORCH_FUNCTIONS, QTensor, quantize
 
-__all__ = ["embedding", "linear", "linear_int8", "quantize"]
+__all__ = ["embedding", "linear", "linear_int8", "linear_int8_trained", "quantize"]
 
 
 @constant_in_traces  # torch 2.6 cannot trace it
@@ -29,9 +29,8 @@ def _compute_dtype(x: Tensor) -> Tensor:
     return x.to(torch.get_autocast_dtype(device_type)) if x.dtype in KERNEL_DTYPES else x
 
 
-def _check(name: str, x: Tensor, weight: QTensor, bias: Tensor | None) -> int:
+def _check(name: str, x: Tensor, shape: torch.Size, device: torch.device, bias: Tensor | None) -> int:
     # Every attribute that torch looks up on a QTensor costs about 1 us, those of its inner tensors almost nothing.
-    shape, device = weight.shape, weight.q.device
     if len(shape) != 2:
         raise ValueError(f"{name}: weight must have 2 dimensions, got {list(shape)}")
     n, k = shape
@@ -56,7 +55,7 @@ def linear(x: Tensor, weight: QTensor, bias: Tensor | None = None) -> Tensor:
     Differentiable in x and bias. Raises TypeError or ValueError when dtypes, shapes or devices do not fit.
     """
     x = _compute_dtype(x)
-    n = _check("linear", x, weight, bias)
+    n = _check("linear", x, weight.shape, weight.q.device, bias)
     if bias is not None:
         bias = bias.to(x.dtype)
     format = weight.format
@@ -80,11 +79,33 @@ def linear_int8(x: Tensor, weight: QTensor, bias: Tensor | None = None, *, thres
     if weight.format.kind != "int8":
         raise ValueError(f"linear_int8: weight must be int8, got {weight.format_name}")
     x = _compute_dtype(x)
-    _check("linear_int8", x, weight, bias)
+    _check("linear_int8", x, weight.shape, weight.q.device, bias)
     if bias is not None:
         bias = bias.to(x.dtype)
     by_row = int(deterministic())
     return cast(Tensor, torch.ops.polybit.linear_int8(x, weight.q, weight.absmax, bias, float(threshold), by_row))
+
+
+def linear_int8_trained(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, threshold: float = 6.0) -> Tensor:
+    """LLM.int8() with a weight that is trained: `weight` is quantized to int8 by rows on the way, then as linear_int8.
+
+    x: fp32, fp16 or bf16 [..., K]; weight: a plain tensor of one of these dtypes [N, K]; bias [N] or None, rounded to
+    x's dtype. Returns y [..., N] in x's dtype (autocast's, where it is on). Differentiable in x, weight and bias, both
+    roundings taken as the identity: dx = dy W with the quantized W, the derivative of what was computed; dW = dy^T x
+    in x's dtype, with x as it came, then rounded to weight's dtype. Forward mode (torch.func.jvp) raises.
+    Source: Dettmers et al., "LLM.int8()", 2022, section 3 and appendix E. Raises TypeError or ValueError when arguments
+    do not fit.
+    """
+    if isinstance(weight, QTensor):
+        raise TypeError(f"linear_int8_trained: weight must be a plain tensor, got a QTensor ({weight.format_name})")
+    if weight.dtype not in KERNEL_DTYPES:
+        raise TypeError(f"linear_int8_trained: weight must be fp32, fp16 or bf16, got {weight.dtype}")
+    x = _compute_dtype(x)
+    _check("linear_int8_trained", x, weight.shape, weight.device, bias)
+    if bias is not None:
+        bias = bias.to(x.dtype)
+    function: Any = autograd.LinearInt8Trained
+    return cast(Tensor, function.apply(x, weight, bias, float(threshold), int(deterministic())))
 
 
 def embedding(index: Tensor, weight: QTensor) -> Tensor:

@@ -4,6 +4,7 @@ from polybit.nn.convert import make_empty_, quantize_
 from polybit.nn.counterpart import Settings, empty_counterpart, is_quantizable
 from polybit.nn.embedding import Embedding4bit, Embedding8bit, EmbeddingKbit, StableEmbedding
 from polybit.nn.linear import Linear4bit, Linear8bit, LinearKbit
+from polybit.nn.training import Linear8bitTraining
 
 __all__ = [
     "Embedding4bit",
@@ -11,6 +12,7 @@ __all__ = [
     "EmbeddingKbit",
     "Linear4bit",
     "Linear8bit",
+    "Linear8bitTraining",
     "LinearKbit",
     "Settings",
     "StableEmbedding",
