@@ -175,11 +175,13 @@ class LinearInt8Trained(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         dx = dweight = dbias = None
-        if ctx.needs_input_grad[0]:
+        # dynamo denies that an input needs a gradient which only torch.func asks for; it drops what nobody uses.
+        compiling = torch.compiler.is_compiling()
+        if compiling or ctx.needs_input_grad[0]:
             dx = _LinearInt8TrainedTransposed.apply(dy, weight)  # type: ignore[no-untyped-call]
-        if ctx.needs_input_grad[1]:
+        if compiling or ctx.needs_input_grad[1]:
             dweight = _outer(dy, x, weight.dtype)
-        if ctx.bias_dtype is not None and ctx.needs_input_grad[2]:
+        if ctx.bias_dtype is not None and (compiling or ctx.needs_input_grad[2]):
             dbias = sum_rows(dy, ctx.bias_dtype)
         return dx, dweight, dbias, None, None
 
