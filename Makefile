@@ -71,6 +71,7 @@ bench: $(VENV)/package $(VENV)/tools
 	POLYBIT_FALLBACK=error $(BIN)/python benchmarks/overhead.py
 	POLYBIT_FALLBACK=error $(BIN)/python benchmarks/ops.py
 	POLYBIT_FALLBACK=error $(BIN)/python benchmarks/openmp.py
+	POLYBIT_FALLBACK=error $(BIN)/python benchmarks/optim.py
 
 docs: $(VENV)/package $(VENV)/tools
 	$(BIN)/python -m sphinx -W --keep-going -q docs build/docs
