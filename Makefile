@@ -10,10 +10,11 @@ SOURCES := CMakeLists.txt pyproject.toml $(wildcard README.md) $(shell find core
 # The budget plugin prints seconds against tests/budget.toml.
 PYTEST := PATH="$(CURDIR)/$(BIN):$$PATH" PYTHONPATH=tests $(BIN)/python -m pytest -p budget
 
-.PHONY: help demo test test-all lint format bench docs matrix clean
+.PHONY: help demo qlora test test-all lint format bench docs matrix clean
 
 help:
 	@echo "make demo      quantize a real model, evaluate it, write a report"
+	@echo "make qlora     train a small decoder, quantize it, train adapters through its 4-bit weights"
 	@echo "make test      the tests without the slow ones"
 	@echo "make test-all  all tests"
 	@echo "make lint      ruff, mypy, clang-format, typos, actionlint"
@@ -51,6 +52,9 @@ $(VENV)/nvcc: requirements-nvcc.txt $(VENV)/created
 
 demo: $(VENV)/package $(VENV)/tools
 	POLYBIT_FALLBACK=error $(BIN)/python examples/demo.py
+
+qlora: $(VENV)/package $(VENV)/tools
+	POLYBIT_FALLBACK=error $(BIN)/python examples/qlora_cpu.py
 
 test: $(VENV)/package $(VENV)/tools $(VENV)/nvcc
 	$(PYTEST) -m "not slow"

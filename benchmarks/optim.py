@@ -1,7 +1,7 @@
 """A step of each optimizer beside bitsandbytes' and torch's: nanoseconds and bytes of state for a parameter.
 
-One JSON line per case: the median of ours and of the peers, by turns in one run, and the ratio to each (above 1: ours is
-faster). Peers: bitsandbytes' optimizer of the same name; torch's, fused where it has that.
+One JSON line per case: the median of ours and of the peers, by turns in one run, and the ratio to each (above 1: ours
+is faster). Peers: the optimizer of bitsandbytes of the same name, that of torch (fused where it has it).
 """
 
 from __future__ import annotations
