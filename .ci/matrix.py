@@ -236,7 +236,13 @@ def run_row(row: Row) -> Result:
     try:
         check_machine(row)
         if row.make:
-            said.append(run(["make", f"PYTHON={find_python(row.python)}", row.make], log, {**os.environ, **row.env}))
+            said.append(
+                run(
+                    ["make", "--no-print-directory", f"PYTHON={find_python(row.python)}", row.make],
+                    log,
+                    {**os.environ, **row.env},
+                )
+            )
         if row.tests:
             folder = prepare(row, log)
             check_backend(row, folder)
