@@ -7,6 +7,7 @@ from polybit import batching as batching  # torch.func.vmap over its ops
 from polybit import nn as nn
 from polybit import ops as ops  # registers torch.ops.polybit
 from polybit import optim as optim
+from polybit import tensor_ops as tensor_ops  # what torch's operations do with a QTensor
 from polybit.backends import BackendError, backend, load_backend
 from polybit.formats import Format, get_format, register_format
 from polybit.qtensor import QTensor, quantize

@@ -25,10 +25,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from polybit import distributed
 from polybit.formats import Format, get_format
-from polybit.qtensor import NESTED_BLOCK, QTensor, check_block_size, packed_bytes
+from polybit.qtensor import NESTED_BLOCK, QTensor, assemble, check_block_size, packed_bytes, state_name
 
-_BITSANDBYTES = ("nf4", "fp4")
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 _FIELDS = ("quant_type", "blocksize", "dtype", "shape")
@@ -38,8 +38,7 @@ _WEIGHT_FORMATS = {1: "col32", 2: "col_turing", 3: "col_ampere"}  # of older bit
 
 
 def _state_key(prefix: str, format: str) -> str:
-    owner = "bitsandbytes" if format in _BITSANDBYTES else "polybit"
-    return f"{prefix}.quant_state.{owner}__{format}"
+    return f"{prefix}.quant_state.{state_name(format)}"
 
 
 def _int8_key(prefix: str, name: str) -> str:
@@ -59,14 +58,23 @@ def is_quantized(tensors: Mapping[str, Any], prefix: str) -> bool:
     return any(key != prefix for key in owned_keys(tensors, prefix))
 
 
-def to_tensors(qtensor: QTensor, prefix: str, *, quant_storage: torch.dtype = torch.uint8) -> dict[str, Tensor]:
-    """The plain tensors of a checkpoint, by key. They share storage with `qtensor` where they can, the JSON apart.
+def to_tensors(weight: Tensor, prefix: str, *, quant_storage: torch.dtype = torch.uint8) -> dict[str, Tensor]:
+    """The plain tensors of a checkpoint, by key. They share storage with `weight` where they can, the JSON apart.
 
-    `quant_storage`: the dtype that the packed codes are viewed as, floating or integer (int8 codes are int8 and have no
-    choice). Raises ValueError if it does not divide the bytes, or if the logical dtype is none that can be recorded.
+    weight: a QTensor, or a DTensor of QTensors: then P [rows, bytes of a row] and its absmax [rows, blocks of a row]
+    (SCB) are DTensors with the rows of `weight`. `quant_storage`: the dtype that the packed codes are viewed as,
+    floating or integer (int8 codes are int8, shards uint8; they have no choice). Raises ValueError if it does not
+    divide the bytes, if the logical dtype is none that can be recorded, or for a part of a doubly quantized tensor.
     """
+    qtensor, sharded = distributed.local(weight), distributed.is_sharded(weight)
     format = qtensor.format
-    q, absmax = qtensor.q.detach(), qtensor.absmax.detach()
+    q, absmax = qtensor.q.detach(), qtensor.absmax.detach().view(-1)
+    if sharded:
+        q, absmax = distributed.shards(weight)
+        if quant_storage != torch.uint8:
+            raise ValueError(f"checkpoint: {prefix}: a sharded weight has no quant_storage, got {quant_storage}")
+    elif qtensor.double_quant and not qtensor.is_whole:
+        raise ValueError(f"checkpoint: {prefix} is a part of a doubly quantized tensor; dequantize() and quantize it")
     if format.kind == "int8":
         if quant_storage != torch.uint8:
             raise ValueError(f"checkpoint: {prefix}: int8 has no quant_storage, got {quant_storage}")
@@ -76,13 +84,13 @@ def to_tensors(qtensor: QTensor, prefix: str, *, quant_storage: torch.dtype = to
     if dtype not in _DTYPES:
         raise ValueError(f"checkpoint: {prefix}: dtype must be one of {', '.join(_DTYPES)}, got {dtype}")
     assert qtensor.code is not None
-    codes = _store(q.reshape(-1), prefix, quant_storage)
+    codes = q if sharded else _store(q.view(-1), prefix, quant_storage)
     out = {prefix: codes, f"{prefix}.absmax": absmax, f"{prefix}.quant_map": qtensor.code.detach()}
     state: dict[str, Any] = {
         "quant_type": format.name,
         "blocksize": qtensor.block_size,
         "dtype": dtype,
-        "shape": list(qtensor.shape),
+        "shape": list(weight.shape),
     }
     if qtensor.nested_absmax is not None and qtensor.nested_code is not None and qtensor.nested_offset is not None:
         out[f"{prefix}.nested_absmax"] = qtensor.nested_absmax.detach()
@@ -90,6 +98,9 @@ def to_tensors(qtensor: QTensor, prefix: str, *, quant_storage: torch.dtype = to
         offset = 0.0 if q.is_meta else qtensor.nested_offset.item()
         state |= {"nested_blocksize": NESTED_BLOCK, "nested_dtype": "float32", "nested_offset": offset}
     text = json.dumps(state).encode()
+    if sharded:
+        # torch.distributed.checkpoint loads into entries of the same size, and the digits of the offset vary.
+        text = text.ljust(-(-len(text) // 256) * 256)
     device = "meta" if q.is_meta else "cpu"
     out[_state_key(prefix, format.name)] = torch.tensor(list(text), dtype=torch.uint8, device=device)
     return out
@@ -146,10 +157,9 @@ def from_tensors(
     else:
         absmax = _scales(tensors, prefix, "absmax", blocks)
     code = _codebook(tensors, prefix, "quant_map", format)
-    return QTensor(
-        (q.reshape(state.shape) if format.kind == "blockwise" else q).to(device), absmax.to(device), code.to(device),
-        *extra, shape=state.shape, dtype=dtype or state.dtype, format=format.name, block_size=state.block_size,
-        search=format.search,
+    return assemble(
+        q.to(device), absmax.to(device), code.to(device), *extra, shape=state.shape, dtype=dtype or state.dtype,
+        format=format.name, block_size=state.block_size, search=format.search,
     )  # fmt: skip
 
 
@@ -320,7 +330,7 @@ def _int8(tensors: Mapping[str, Tensor], prefix: str, device: torch.device, dtyp
     if layout_key in tensors:
         _check_weight_format(_beside(tensors, prefix, layout_key), layout_key)
     # int8 has no blocks; the field keeps the default so that two int8 tensors compare as the same layout.
-    return QTensor(
+    return assemble(
         q.contiguous().to(device), absmax.to(device), shape=q.shape, dtype=dtype or torch.float32, format="int8",
         block_size=64,
     )  # fmt: skip

@@ -61,10 +61,8 @@ def linear(x: Tensor, weight: QTensor, bias: Tensor | None = None) -> Tensor:
     format = weight.format
     if format.kind != "kbit":
         return F.linear(x, weight.dequantize().to(x.dtype), bias)
-    return cast(
-        Tensor,
-        torch.ops.polybit.matmul_kbit(x, *weight.operands(), bias, None, n, weight.block_size, format.bits, 0, 0),
-    )
+    sizes = n, weight.block_size, format.bits, weight.place, 0
+    return cast(Tensor, torch.ops.polybit.matmul_kbit(x, *weight.operands(), bias, None, *sizes))
 
 
 def linear_int8(x: Tensor, weight: QTensor, bias: Tensor | None = None, *, threshold: float = 6.0) -> Tensor:
@@ -118,9 +116,8 @@ def embedding(index: Tensor, weight: QTensor) -> Tensor:
         raise ValueError(f"embedding: index is on {index.device}, the weight on {weight.device}")
     format, (n, k) = weight.format, weight.shape
     if format.kind == "kbit":
-        y = torch.ops.polybit.gather_kbit(
-            index, *weight.operands(), n, k, weight.block_size, format.bits, 0, 0, weight.dtype
-        )
+        sizes = n, k, weight.block_size, format.bits, weight.place, 0
+        y = torch.ops.polybit.gather_kbit(index, *weight.operands(), *sizes, weight.dtype)
     elif format.kind == "int8":
         y = torch.ops.polybit.gather_int8(index, weight.q, weight.absmax, weight.dtype)
     else:

@@ -3,26 +3,30 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import return_and_correct_aliasing
 from torch.utils._pytree import tree_map
 
 from polybit.formats import Format, get_format
-
-aten = torch.ops.aten
 
 # The dtypes that kernels read and write; any other floating dtype goes through fp32.
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 NESTED_BLOCK = 256
 
-_INNER = ("q", "absmax", "code", "nested_absmax", "nested_code", "nested_offset")
+# What the rows of a tensor share: the codebooks and the scales of scales.
+TABLES = ("code", "nested_absmax", "nested_code", "nested_offset")
+_INNER = ("q", "absmax", *TABLES)
 
 # torch functions that read a QTensor without restoring all of it; functional.py fills this.
 TORCH_FUNCTIONS: dict[Callable[..., Any], Callable[..., Any]] = {}
+# aten operations on the stored form: handler(func, args, kwargs), NotImplemented for the restored value instead;
+# tensor_ops.py fills this.
+ATEN_FUNCTIONS: dict[Any, Callable[[Any, Any, Any], Any]] = {}
 
 
 def packed_bytes(count: int, bits: int) -> int:
@@ -38,17 +42,31 @@ def check_block_size(block_size: int) -> None:
         raise ValueError(f"block_size must be a power of two, 16...4096, got {block_size}")
 
 
+def state_name(format: str) -> str:
+    """<owner>__<format>: what a checkpoint calls the description of a tensor of this format."""
+    owner = "bitsandbytes" if format in ("nf4", "fp4") else "polybit"
+    return f"{owner}__{format}"
+
+
 class QTensor(Tensor):
     """A quantized tensor: a traceable wrapper with the logical shape and dtype, made of plain inner tensors.
 
-    q              packed codes, uint8 [ceil(n * bits / 8)]; 8 bits: uint8, int8 format: int8, both of the logical shape
-    absmax         one scale per block, fp32 [blocks], or uint8 codes of them (double quantization); int8: fp32 [rows]
+    q              packed codes, uint8 [*shape[:-1], bytes of a row] where rows hold whole blocks, else [bytes];
+                   8 bits: uint8, int8 format: int8, both of the logical shape
+    absmax         one scale per block, fp32 [*shape[:-1], blocks of a row] or [blocks], or uint8 codes of them
+                   (double quantization); int8: one per row, fp32 shape[:-1]
     code           the value of each code, fp32; None for int8
     nested_absmax, nested_code, nested_offset   what restores a uint8 absmax, else None
+    block_offset   the place of the first block among those that were quantized together, which a doubly quantized
+                   tensor needs to be read; None: not known (a shard)
+    cut_from       elements of the tensor that this one is a part of; None: it is whole
 
-    Operations that do not know it see the restored value; operations in place change that value and quantize it again.
-    A view (`w[0]`, `w.t()`) is therefore a plain copy: what is written to it does not reach the QTensor.
-    A change of floating dtype changes the logical dtype and nothing stored.
+    Row cuts (`w[3:7]`, narrow, split, chunk, unbind, `w[0]`) and reshapes are views: they share q and absmax. A cut
+    inside a block raises ValueError. Operations that do not know a QTensor see the restored value; operations in place
+    change that value and quantize it again. Any other view (`w.t()`, `w[:, 2:]`) is therefore a plain copy: what is
+    written to it does not reach the QTensor. A change of floating dtype changes the logical dtype and nothing stored.
+    A part of a doubly quantized tensor shares scales of scales with the rest, so it takes bytes (copy_ of the same
+    part) but no new values.
     """
 
     q: Tensor
@@ -60,6 +78,8 @@ class QTensor(Tensor):
     format_name: str
     block_size: int
     search: bool
+    block_offset: int | None
+    cut_from: int | None
 
     @staticmethod
     def __new__(
@@ -76,11 +96,14 @@ class QTensor(Tensor):
         format: str,
         block_size: int,
         search: bool = False,
+        block_offset: int | None = 0,
+        cut_from: int | None = None,
     ) -> QTensor:
         out = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=q.device)
         out.q, out.absmax, out.code = q, absmax, code
         out.nested_absmax, out.nested_code, out.nested_offset = nested_absmax, nested_code, nested_offset
         out.format_name, out.block_size, out.search = format, block_size, search
+        out.block_offset, out.cut_from = block_offset, cut_from
         return out
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -110,6 +133,45 @@ class QTensor(Tensor):
         """The inner tensors that are there, by name."""
         return {name: value for name in _INNER if (value := getattr(self, name)) is not None}
 
+    @property
+    def tables(self) -> dict[str, Any]:
+        """What all rows share, by name: the codebook and the scales of scales, as far as there are any."""
+        return {name: value for name in TABLES if (value := getattr(self, name)) is not None}
+
+    @property
+    def block_length(self) -> int:
+        """Elements per scale: the block size; int8: the length of a row."""
+        if self.format.kind != "int8":
+            return self.block_size
+        count, rows = self.numel(), self.absmax.numel()
+        return count // rows if count and rows else max(self.shape[-1], 1)
+
+    # The names of a checkpoint, by which torch.distributed.checkpoint looks for the owner of each entry.
+    @property
+    def quant_map(self) -> Tensor | None:
+        """`code`, under the name that it has in a checkpoint."""
+        return self.code
+
+    @property
+    def nested_quant_map(self) -> Tensor | None:
+        """`nested_code`, under the name that it has in a checkpoint."""
+        return self.nested_code
+
+    @property
+    def quant_state(self) -> SimpleNamespace:
+        """Has the one attribute `<owner>__<format>` of a checkpoint: this tensor."""
+        return SimpleNamespace(**{state_name(self.format_name): self})
+
+    @property
+    def place(self) -> int:
+        """`block_offset`, for an op. Raises ValueError if it is not known."""
+        if self.block_offset is None:
+            raise ValueError(
+                "QTensor: this shard of a doubly quantized tensor does not know its place in the whole; gather it "
+                "first: FSDPModule.unshard() or polybit.distributed.gather(weight)"
+            )
+        return self.block_offset
+
     def operands(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
         """The run of operands that ops on k-bit weights take: q absmax code nested_absmax nested_code nested_offset."""
         code = self.code
@@ -118,29 +180,40 @@ class QTensor(Tensor):
         return self.q, self.absmax, code, self.nested_absmax, self.nested_code, self.nested_offset
 
     def dequantize(self) -> Tensor:
-        """The value as a plain tensor of the logical shape and dtype."""
+        """The value as a plain tensor of the logical shape and dtype. Raises ValueError for a shard without place."""
         dtype = self.dtype if self.dtype in KERNEL_DTYPES else torch.float32
-        ops = torch.ops.polybit
-        kind = self.format.kind
+        ops, kind, place, shape = torch.ops.polybit, self.format.kind, self.place, self.shape
         if kind == "kbit":
-            y = ops.dequantize_kbit(*self.operands(), self.block_size, self.bits, 0, 0, dtype, list(self.shape))
+            y = ops.dequantize_kbit(*self.operands(), self.block_size, self.bits, place, 0, dtype, list(shape))
         elif kind == "int8":
-            y = ops.dequantize_int8(self.q, self.absmax, dtype)
+            rows = self.q.view(-1, self.block_length) if self.numel() else self.q
+            y = ops.dequantize_int8(rows, self.absmax, dtype).view(shape)
         else:
             absmax = self.absmax
             if self.double_quant:
-                absmax = ops.dequantize_absmax(
-                    absmax, self.nested_absmax, self.nested_code, self.nested_offset, 0, 0, 0
-                )
+                nested = self.nested_absmax, self.nested_code, self.nested_offset
+                absmax = ops.dequantize_absmax(absmax, *nested, place, 0, 0)
             y = ops.dequantize_blockwise(self.q, absmax, self.code, self.block_size, dtype)
         return cast(Tensor, y.to(self.dtype))
 
     def requantize(self, x: Tensor) -> QTensor:
-        """`x` quantized the way this tensor is. x: the same shape, any floating dtype."""
+        """`x` quantized the way this tensor is. x: the same shape, any floating dtype.
+
+        Raises ValueError for a part of a doubly quantized tensor.
+        """
+        if self.double_quant and not self.is_whole:
+            raise ValueError(
+                "QTensor: a part of a doubly quantized tensor takes no new values, its scales of scales belong to "
+                "other rows, too; dequantize() the whole, change that, and copy_ it back"
+            )
         x = x.to(self.device, self.dtype if self.dtype in KERNEL_DTYPES else torch.float32).expand(self.shape)
-        return quantize(
-            x, self.format, block_size=self.block_size, double_quant=self.double_quant, search=self.search
-        )._map(lambda inner: inner, self.dtype)
+        new = quantize(x, self.format, block_size=self.block_size, double_quant=self.double_quant, search=self.search)
+        return new._map(lambda inner: inner, self.dtype)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether this is all that was quantized together, rather than a row view, a piece or a shard of it."""
+        return self.cut_from is None and self.block_offset == 0
 
     def same_layout(self, other: Tensor) -> bool:
         """Whether the inner tensors of `other` fit this tensor one by one."""
@@ -150,25 +223,96 @@ class QTensor(Tensor):
             and self.double_quant == other.double_quant
         )
 
+    def cut(self, start: int, stop: int) -> QTensor:
+        """Rows start...stop (of the first dimension) as a view. Raises ValueError if that cuts a block."""
+        rows, block = self.shape[0], self.block_length
+        if (start, stop) == (0, rows):
+            return self._map(lambda inner: inner)
+        row = math.prod(self.shape[1:])
+        vector = self.dim() == 1  # its "rows" are elements
+        if start * row % block or (stop * row % block and stop != rows) or (row % block and not vector):
+            raise ValueError(
+                f"QTensor: rows {start}:{stop} of {list(self.shape)} cut inside a block of {block} elements; "
+                f"dequantize() first, or choose a block size that divides the row"
+            )
+        first, last = start * row // block, -(-stop * row // block)
+        q = self.q.view(-1)[start * row * self.bits // 8 : packed_bytes(stop * row, self.bits)]
+        absmax = self.absmax.view(-1)[first:last]
+        layout = self.form
+        if self.double_quant and self.block_offset is not None:
+            layout["block_offset"] = self.block_offset + first
+        layout["cut_from"] = self.numel() if self.cut_from is None else self.cut_from
+        return assemble(q, absmax, **self.tables, shape=(stop - start, *self.shape[1:]), dtype=self.dtype, **layout)
+
+    def reshaped(self, shape: tuple[int, ...]) -> QTensor:
+        """A view of another shape. The blocks stay where they are, in row-major order."""
+        return assemble(self.q, self.absmax, **self.tables, shape=shape, dtype=self.dtype, **self.form)
+
     def _map(self, f: Callable[[Tensor], Tensor], dtype: torch.dtype | None = None) -> QTensor:
         parts = {name: f(inner) for name, inner in self.inner_tensors().items()}
-        return QTensor(**parts, shape=self.shape, dtype=dtype or self.dtype, **self._layout())
+        return QTensor(**parts, shape=self.shape, dtype=dtype or self.dtype, **self.form)
 
-    def _layout(self) -> dict[str, Any]:
-        return {"format": self.format_name, "block_size": self.block_size, "search": self.search}
+    @property
+    def form(self) -> dict[str, Any]:
+        """How the stored parts are to be read, as keyword arguments of the class; without shape and dtype."""
+        return {
+            "format": self.format_name,
+            "block_size": self.block_size,
+            "search": self.search,
+            "block_offset": self.block_offset,
+            "cut_from": self.cut_from,
+        }
 
-    def _assign(self, other: QTensor) -> None:
+    def assign(self, other: QTensor, *, tables: bool = True) -> None:
+        """Copy the stored bytes of `other`, which has the same layout; with or without what all rows share."""
         theirs = other.inner_tensors()
         for name, inner in self.inner_tensors().items():
-            inner.copy_(theirs[name])
+            if tables or name not in TABLES:
+                inner.copy_(theirs[name])
 
     def __tensor_flatten__(self) -> tuple[list[str], tuple[Any, ...]]:
-        return list(self.inner_tensors()), (self.dtype, self.format_name, self.block_size, self.search)
+        return list(self.inner_tensors()), (self.dtype, *self.form.values())
 
     @staticmethod
     def __tensor_unflatten__(parts: dict[str, Tensor], meta: tuple[Any, ...], shape: Any, stride: Any) -> QTensor:
-        dtype, format, block_size, search = meta
-        return QTensor(**parts, shape=shape, dtype=dtype, format=format, block_size=block_size, search=search)
+        dtype, format, block_size, search, block_offset, cut_from = meta
+        return QTensor(
+            **parts, shape=shape, dtype=dtype, format=format, block_size=block_size, search=search,
+            block_offset=block_offset, cut_from=cut_from,
+        )  # fmt: skip
+
+    def fsdp_pre_all_gather(self, mesh: Any) -> tuple[tuple[Tensor, Tensor], QTensor]:
+        """FSDP2: what the ranks exchange, bytes and scales, padded to the rows of the first rank; and this shard.
+
+        It has the signature with the mesh alone because FSDP2 wants the padded logical shape of the other one.
+        """
+        count = self.numel() if self.cut_from is None else self.cut_from
+        q, absmax = self.q.view(-1), self.absmax.view(-1)
+        missing = packed_bytes(count, self.bits) - q.numel()
+        if missing:
+            q = torch.nn.functional.pad(q, (0, missing))
+            absmax = torch.nn.functional.pad(absmax, (0, count // self.block_length - absmax.numel()))
+        return (q, absmax), self
+
+    def fsdp_post_all_gather(
+        self, outputs: tuple[Tensor, ...], shard: QTensor, param_dtype: torch.dtype, *, out: Tensor | None = None
+    ) -> tuple[QTensor, tuple[Tensor, ...]] | None:
+        """FSDP2: the whole weight, on the storage of `outputs`. `out`: the one made before, whose storage is refilled.
+
+        FSDP2 frees that storage between uses and cuts off the rows of the padding. A mesh of one rank exchanges
+        nothing: torch then copies the first of what fsdp_pre_all_gather gave, and the shard is the whole.
+        """
+        q, absmax = outputs if len(outputs) == 2 else (*outputs, shard.absmax)
+        if out is not None:
+            gathered = out if isinstance(out, QTensor) else out.to_local()  # type: ignore[attr-defined]
+            # The shard's may be others since then: it was loaded or moved.
+            for name in TABLES if len(outputs) == 2 else ("absmax", *TABLES):
+                setattr(gathered, name, getattr(shard, name))
+            return None
+        rows = q.numel() * 8 // shard.bits // max(math.prod(shard.shape[1:]), 1)
+        layout = shard.form | {"block_offset": 0, "cut_from": None}
+        shape = (rows, *shard.shape[1:])
+        return assemble(q, absmax, **shard.tables, shape=shape, dtype=param_dtype, **layout), ()
 
     def share_memory_(self) -> QTensor:
         """Move the inner tensors to shared memory. The wrapper itself has no storage that could be shared."""
@@ -203,13 +347,25 @@ class QTensor(Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
-        kwargs = kwargs or {}
-        handler = _HANDLERS.get(func)
-        if handler is not None and isinstance(args[0], QTensor):
+        return _dispatch(func, args, kwargs or {})
+
+
+def _dispatch(func: Any, args: Any, kwargs: Any) -> Any:
+    handler = ATEN_FUNCTIONS.get(func)
+    result = NotImplemented
+    if handler is not None and args and isinstance(args[0], QTensor):
+        if torch.is_inference_mode_enabled():
+            # A view of a normal tensor is a normal tensor, in that mode, too.
+            with torch.inference_mode(args[0].is_inference()):
+                result = handler(func, args, kwargs)
+        else:
             result = handler(func, args, kwargs)
-            if result is not NotImplemented:
-                return result
-        return _on_values(func, args, kwargs)
+    elif handler is not None and args and isinstance(args[0], (list, tuple)):
+        result = handler(func, args, kwargs)
+    elif torch.is_inference_mode_enabled():
+        # Operations made of others (reshape, chunk) come in one piece here; elsewhere torch takes them apart itself.
+        result = func.decompose(*args, **kwargs)
+    return _on_values(func, args, kwargs) if result is NotImplemented else result
 
 
 def _on_values(func: Any, args: Any, kwargs: Any) -> Any:
@@ -230,54 +386,39 @@ def _on_values(func: Any, args: Any, kwargs: Any) -> Any:
     dense_kwargs = {n: tree_map(lambda v, w=n in writes: restore(v, w), a) for n, a in kwargs.items()}
     result = func(*dense_args, **dense_kwargs)
     for target, dense in written:
-        target._assign(target.requantize(dense))
+        target.assign(target.requantize(dense))
     return tree_map(lambda value: next((t for t, dense in written if value is dense), value), result)
 
 
-def _alias(func: Any, args: Any, kwargs: Any) -> Any:
-    return return_and_correct_aliasing(func, args, kwargs, args[0]._map(func))  # type: ignore[no-untyped-call]
-
-
-def _clone(func: Any, args: Any, kwargs: Any) -> Any:
-    return args[0]._map(torch.clone)
-
-
-def _to_copy(func: Any, args: Any, kwargs: Any) -> Any:
-    dtype, device = kwargs.get("dtype"), kwargs.get("device")
-    if dtype is not None and not dtype.is_floating_point:
-        return NotImplemented
-    non_blocking = bool(kwargs.get("non_blocking", False))
-    return args[0]._map(lambda t: t.to(device or t.device, non_blocking=non_blocking, copy=True), dtype)
-
-
-def _empty_like(func: Any, args: Any, kwargs: Any) -> Any:
-    # The codebooks are copied rather than left empty: they are part of the layout, not of the value.
-    weight, dtype, device = args[0], kwargs.get("dtype"), kwargs.get("device")
-    if dtype is not None and not dtype.is_floating_point:
-        return NotImplemented
-    out = weight._map(lambda t: torch.empty_like(t, device=device or t.device), dtype)
-    if out.code is not None:
-        out.code.copy_(weight.format.on(out.device).code)
-    if out.nested_code is not None:
-        out.nested_code.copy_(get_format("dynamic8").on(out.device).code)
-    return out
-
-
-def _copy(func: Any, args: Any, kwargs: Any) -> Any:
-    if not args[0].same_layout(args[1]):
-        return NotImplemented
-    args[0]._assign(args[1])
-    return args[0]
-
-
-_HANDLERS: dict[Any, Callable[[Any, Any, Any], Any]] = {
-    aten.detach.default: _alias,
-    aten.alias.default: _alias,
-    aten.clone.default: _clone,
-    aten._to_copy.default: _to_copy,
-    aten.empty_like.default: _empty_like,
-    aten.copy_.default: _copy,
-}
+def assemble(
+    q: Tensor,
+    absmax: Tensor,
+    code: Tensor | None = None,
+    nested_absmax: Tensor | None = None,
+    nested_code: Tensor | None = None,
+    nested_offset: Tensor | None = None,
+    *,
+    shape: torch.Size | tuple[int, ...],
+    format: str,
+    block_size: int,
+    **layout: Any,
+) -> QTensor:
+    """A QTensor of stored parts, where q and absmax may have any shape: they are viewed in the one that belongs."""
+    kind, bits = get_format(format).kind, get_format(format).bits
+    *rows, last = shape or (1,)
+    aligned = len(shape) > 0 and last > 0 and last % block_size == 0
+    if kind == "kbit":
+        q = q.view(*rows, last * bits // 8) if aligned else q.view(-1)
+    else:
+        q = q.view(shape)
+    if kind == "int8":
+        absmax = absmax.view(rows) if absmax.numel() == math.prod(rows) else absmax.view(-1)
+    else:
+        absmax = absmax.view(*rows, last // block_size) if aligned else absmax.view(-1)
+    return QTensor(
+        q, absmax, code, nested_absmax, nested_code, nested_offset,
+        shape=shape, format=format, block_size=block_size, **layout,
+    )  # fmt: skip
 
 
 def quantize(
@@ -309,7 +450,7 @@ def quantize(
         if x.dim() == 0:
             raise ValueError("quantize: int8 needs at least one dimension")
         q, absmax, _ = torch.ops.polybit.quantize_int8(x, 0.0)
-        return QTensor(q, absmax, block_size=block_size, **layout)
+        return assemble(q, absmax, block_size=block_size, **layout)
     code, thresholds, order = format.on(x.device)
     if format.kind == "kbit":
         q, absmax = torch.ops.polybit.quantize_kbit(x, code, thresholds, order, block_size, format.bits, int(search))
@@ -321,4 +462,8 @@ def quantize(
         absmax, nested_absmax, nested_offset = torch.ops.polybit.quantize_absmax(absmax, nested_code)
         nested = (nested_absmax, nested_code, nested_offset)
     # The tables are shared between all users of the format, a tensor owns its copy.
-    return QTensor(q, absmax, code.clone(), *nested, block_size=block_size, **layout)
+    return assemble(q, absmax, code.clone(), *nested, block_size=block_size, **layout)
+
+
+# torch.load(weights_only=True) may make QTensors: they hold tensors, numbers and a format's name.
+torch.serialization.add_safe_globals([QTensor])

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from polybit import functional
+from polybit.distributed import local
 from polybit.formats import Format
 from polybit.nn.module import QuantizedModule, check_sizes, check_weight, kbit_format
 from polybit.qtensor import QTensor, check_block_size, quantize
@@ -125,7 +126,7 @@ class EmbeddingKbit(QuantizedEmbedding):
         return cls.from_weight(weight, embedding.padding_idx).train(embedding.training)
 
     def extra_repr(self) -> str:
-        weight = self.weight
+        weight = local(self.weight)
         layout = f"format={weight.format_name}, block_size={weight.block_size}, double_quant={weight.double_quant}"
         return f"{super().extra_repr()}, {layout}"
 

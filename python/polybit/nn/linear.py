@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from polybit import functional
+from polybit.distributed import local
 from polybit.formats import Format
 from polybit.nn.module import QuantizedModule, check_sizes, check_weight, kbit_format
 from polybit.qtensor import QTensor, check_block_size, quantize
@@ -109,7 +110,7 @@ class LinearKbit(QuantizedLinear):
         return functional.linear(x, self.weight, self.bias)
 
     def extra_repr(self) -> str:
-        weight = self.weight
+        weight = local(self.weight)
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"format={weight.format_name}, block_size={weight.block_size}, double_quant={weight.double_quant}"

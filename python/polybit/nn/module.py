@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from polybit import checkpoint
+from polybit import checkpoint, distributed
+from polybit.distributed import local
 from polybit.formats import Format, get_format
 from polybit.qtensor import QTensor
 
@@ -86,6 +87,8 @@ class QuantizedModule(nn.Module):
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         del destination[prefix + "weight"]
+        if distributed.is_sharded(self.weight):
+            distributed.show_parts(self.weight)
         destination.update(_entries(self.weight, prefix + "weight"))
 
     def _load_from_state_dict(
@@ -100,7 +103,7 @@ class QuantizedModule(nn.Module):
     ) -> None:
         key = prefix + "weight"
         mine = checkpoint.owned_keys(state_dict, key)
-        loaded = self._read(state_dict, key) if mine else None
+        loaded = self._read(distributed.gather_entries(state_dict, mine), key) if mine else None
         rest = {name: value for name, value in state_dict.items() if name not in mine}
         errors_before, missing = len(error_msgs), list[str]()
         super()._load_from_state_dict(rest, prefix, local_metadata, strict, missing, unexpected_keys, error_msgs)
@@ -112,22 +115,40 @@ class QuantizedModule(nn.Module):
         with torch.no_grad():
             if local_metadata.get("assign_to_params_buffers", False):
                 _, shared = _successor(self.weight)
-                same = shared is not None and _same_bytes(shared, loaded)
+                same = shared is not None and _same_bytes(local(shared), local(loaded))
                 self.weight = shared if shared is not None and same else _succeed(self.weight, None, loaded)
             else:
                 if self.weight.is_meta and not loaded.is_meta:
                     warnings.warn(f"for {key}: copied to the meta device, a no-op; pass assign=True", stacklevel=2)
-                self.weight.copy_(loaded)
+                local(self.weight).copy_(local(loaded))
 
-    def _read(self, state_dict: dict[str, Any], key: str) -> QTensor:
-        own = self.weight
-        loaded = checkpoint.from_tensors(state_dict, key, dtype=own.dtype if own.format.kind == "int8" else None)
-        if loaded.shape != own.shape:
-            raise ValueError(f"load_state_dict: {key} has shape {list(loaded.shape)}, wanted {list(own.shape)}")
-        if not own.same_layout(loaded):
-            raise ValueError(f"load_state_dict: {key} is {_describe(loaded)}, the module is {_describe(own)}")
+    def _read(self, tensors: dict[str, Tensor], key: str) -> Tensor:
+        own = local(self.weight)
+        loaded = checkpoint.from_tensors(tensors, key, dtype=own.dtype if own.format.kind == "int8" else None)
+        if loaded.shape != self.weight.shape:
+            raise ValueError(f"load_state_dict: {key} has shape {list(loaded.shape)}, wanted {list(self.weight.shape)}")
         loaded.search = own.search  # not recorded: it says how to quantize again, not how to read
-        return loaded
+        mine = distributed.shard_like(loaded, self.weight) if distributed.is_sharded(self.weight) else loaded
+        if not own.same_layout(local(mine)):
+            raise ValueError(f"load_state_dict: {key} is {_describe(loaded)}, the module is {_describe(own)}")
+        return mine
+
+    # Where torch.distributed.checkpoint finds the entries that a layer of int8 has beside "weight".
+    @property
+    def SCB(self) -> Tensor:
+        """The scales of an int8 weight, fp32 [rows]."""
+        return self._int8_weight().absmax
+
+    @property
+    def weight_format(self) -> Tensor:
+        """How the rows of an int8 weight are stored, as bitsandbytes counts it: 0, row-major."""
+        return torch.zeros((), dtype=torch.uint8, device=self._int8_weight().device)
+
+    def _int8_weight(self) -> QTensor:
+        weight = local(self.weight)
+        if weight.format.kind != "int8":
+            raise AttributeError(f"{type(self).__name__} of {weight.format_name} has no int8 scales")
+        return weight
 
 
 def _describe(weight: QTensor) -> str:
