@@ -19,6 +19,8 @@ import yaml
 from packaging.requirements import Requirement
 from tools import require_tool
 
+from polybit.spec import OPS
+
 ROOT = Path(__file__).parent.parent
 WORKFLOW = ROOT / ".github" / "workflows" / "ci.yml"
 
@@ -49,6 +51,21 @@ def test_a_row_names_what_exists(row: Any) -> None:
         path, _, test = name.partition("::")
         assert f"def {test}" in (ROOT / path).read_text(encoding="utf-8"), name
     assert not [pin for pin in row.pins if not re.fullmatch(r"[\w-]+==[\w.]+", pin)]
+
+
+def test_a_row_of_a_backend_runs_each_of_its_ops() -> None:
+    """The selection goes by the names that pytest gives: all of the emulator's samples, and no others."""
+    (command,) = ROWS["emulator-16"].tests
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "--collect-only", "-q", *command],
+        cwd=ROOT,
+        env={**os.environ, **ROWS["emulator-16"].env},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    collected = [line.rpartition("::")[2] for line in done.stdout.splitlines() if "::" in line]
+    assert collected == [f"test_samples[emulator:16-{op}]" for op in OPS], done.stdout + done.stderr
 
 
 def test_every_cpu_variant_is_forced_by_a_row() -> None:
