@@ -60,13 +60,20 @@ def save(folder: Path, config: transformers.PretrainedConfig) -> Any:
         for parameter in model.parameters():
             parameter.mul_(3)  # so that the predictions are not all alike
     model.save_pretrained(folder)
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    trainer = tokenizers.trainers.BpeTrainer(vocab_size=200, special_tokens=["[UNK]"])
-    tokenizer.train_from_iterator([TEXT], trainer)
-    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]").save_pretrained(folder)
+    save_tokenizer(folder)
     (folder / "text.txt").write_text(TEXT, encoding="utf-8")
     return model
+
+
+def save_tokenizer(folder: Path) -> None:
+    """One of 200 words, trained on the text."""
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=200, special_tokens=["[UNK]", "[PAD]"])
+    tokenizer.train_from_iterator([TEXT], trainer)
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="[UNK]", pad_token="[PAD]"
+    ).save_pretrained(folder)
 
 
 def run(*args: object) -> tuple[int, str, str]:
@@ -225,6 +232,47 @@ def test_eval_of_a_decoder(tmp_path: Path) -> None:
     code, out, _ = run("eval", tmp_path / "model", tmp_path / "int8", "--text", text)
     assert code == 0
     assert out.startswith("perplexity ")
+
+
+def test_eval_of_an_encoder(tmp_path: Path) -> None:
+    """Cosines computed here, sentence by sentence and without padding."""
+    source = tmp_path / "model"
+    torch.manual_seed(3)
+    config = transformers.BertConfig(
+        vocab_size=200, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=128
+    )
+    model = transformers.BertModel(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(3)  # so that a sentence is more than its layer norm's bias
+    model.save_pretrained(source)
+    save_tokenizer(source)
+    lines = [line for line in TEXT.splitlines() if line.strip()][:12]
+    text = tmp_path / "text.txt"
+    text.write_text("\n\n".join(lines), encoding="utf-8")
+
+    def embed(model: Any) -> torch.Tensor:
+        with torch.no_grad():
+            parts = [model(tokenize(source, line)[None]).last_hidden_state.double().mean((0, 1)) for line in lines]
+        return torch.nn.functional.normalize(torch.stack(parts), dim=-1)
+
+    means = {}
+    for format in ("int8", "int2"):
+        quantize_folder(source, tmp_path / format, format)
+        code, out, error = run("eval", source, tmp_path / format, "--text", text, "--json")
+        assert code == 0, error
+        result = json.loads(out)
+        assert (result["kind"], result["sentences"]) == ("encoder", len(lines))
+        cosine = (embed(model) * embed(load_model(tmp_path / format))).sum(-1)
+        assert result["cosine_mean"] == pytest.approx(float(cosine.mean()), abs=1e-5)
+        assert result["cosine_worst"] == pytest.approx(float(cosine.min()), abs=1e-5)
+        means[format] = result["cosine_mean"]
+    assert means["int2"] < 0.99 < 0.999 < means["int8"] < 1
+    code, _, error = run("eval", source, tmp_path / "int8", "--text", text, "--window", 8)
+    assert code == 2 and "for decoders" in error
+    text.write_text("one line", encoding="utf-8")
+    code, _, error = run("eval", source, tmp_path / "int8", "--text", text)
+    assert code == 2 and "at least 2 lines, got 1" in error
 
 
 def test_eval_of_wrong_folders(tmp_path: Path) -> None:

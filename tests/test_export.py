@@ -12,6 +12,8 @@ from tools import HERE, run_python
 from torch import Tensor, nn
 from torch.export import Dim
 
+from polybit.nn import StableEmbedding
+
 # torch's warning about itself: dynamo instantiates a Function that it traces.
 pytestmark = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 
@@ -37,6 +39,19 @@ def test_export_save_load(layer: str, strict: bool) -> None:
             wanted = module(x)
             assert torch.equal(program.module()(x), wanted)
             assert torch.equal(loaded.module()(x), wanted)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_stable_embedding(strict: bool) -> None:
+    """All of it is torch's own."""
+    torch.manual_seed(0)
+    module, index, buffer = StableEmbedding(20, 64), inputs("embedding-4bit", 5), io.BytesIO()
+    torch.export.save(export(module, index, strict), buffer)
+    buffer.seek(0)
+    loaded = torch.export.load(buffer).module()
+    for rows in (5, 1, 12):
+        index = inputs("embedding-4bit", rows)
+        assert torch.equal(loaded(index), module(index))
 
 
 ELSEWHERE = """

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.graph import save_on_cpu
 from torch.func import grad, jacrev, vmap
+from torch.utils.checkpoint import checkpoint
 
 from polybit.functional import linear_int8, linear_int8_trained
 from polybit.nn import Linear8bit, Linear8bitTraining
@@ -96,6 +100,32 @@ def test_torch_func() -> None:
         lambda f: vmap(f, (None, 0))(x, torch.stack([weight, weight * 2])),
     ):
         torch.testing.assert_close(transform(mine), transform(theirs), rtol=1e-4, atol=1e-3)
+
+
+def gradients(call: Callable[[Tensor], Tensor], layer: nn.Module) -> list[Tensor | None]:
+    x = (randn(5, 64, seed=1) * 4).requires_grad_()  # some beyond the threshold
+    layer.zero_grad()
+    call(x).square().sum().backward()
+    return [x.grad, *(p.grad for p in layer.parameters())]
+
+
+def test_activation_checkpointing_and_saved_tensor_hooks_give_the_same_gradients() -> None:
+    layer = Linear8bitTraining(64, 16)
+
+    def offloaded(x: Tensor) -> Tensor:
+        with save_on_cpu():
+            y: Tensor = layer(x)
+        return y
+
+    wanted = [tensor.clone() for tensor in gradients(layer, layer) if tensor is not None]
+    assert [tensor.shape for tensor in wanted] == [(5, 64), (16, 64), (16,)]
+    for call in (
+        lambda x: checkpoint(layer, x, use_reentrant=False),
+        lambda x: checkpoint(layer, x, use_reentrant=True),
+        offloaded,
+    ):
+        got = gradients(call, layer)
+        assert all(one is not None and torch.equal(one, other) for one, other in zip(got, wanted, strict=True))
 
 
 def train(layer: nn.Module, steps: int) -> float:
