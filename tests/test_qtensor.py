@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import pickle
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from polybit import checkpoint
 from polybit.formats import _FORMATS, list_formats, register_format
 from polybit.functional import embedding, linear
-from polybit.nn import LinearKbit
+from polybit.nn import Linear8bit, LinearKbit
 from polybit.qtensor import QTensor, packed_bytes, quantize
 
 FORMATS = list_formats()
@@ -104,6 +105,49 @@ def test_in_place_changes_quantize_again(format: str, double_quant: bool) -> Non
         assert torch.equal(q.dequantize(), torch.zeros(8, 64))
 
 
+@pytest.mark.parametrize("double_quant", [False, True])
+@pytest.mark.parametrize("format", FORMATS)
+def test_items_that_are_set_are_quantized(format: str, double_quant: bool) -> None:
+    x, delta = weight(8, 64), torch.linspace(-1, 1, 64)
+    positive = x > 0
+    for shape in ((8, 64), (4, 128), (32, 16)):  # of 16 elements: rows end inside of blocks
+        for index, new in ((2, 0.5), (slice(1, 3), -0.25), ((slice(None), 3), 1.0), (positive.view(shape), 0.125)):
+            q = quantize(x.view(shape), format, double_quant=double_quant)
+            dense = q.dequantize()
+            by_rows = isinstance(index, (int, slice)) and not q.double_quant and shape[1] % q.block_length == 0
+            expected, q[index], dense[index] = dense.clone(), new, new
+            again = quantize(dense, format, double_quant=double_quant).dequantize()
+            expected[index] = again[index]
+            assert torch.equal(q.dequantize(), expected if by_rows else again)
+    q = quantize(x, format, double_quant=double_quant)
+    before = q.clone()
+    q[5] = before[3]
+    if not double_quant:
+        assert torch.equal(q.dequantize()[[0, 1, 2, 3, 4, 6, 7]], before.dequantize()[[0, 1, 2, 3, 4, 6, 7]])
+        assert torch.equal(q[5].dequantize(), before[3].dequantize())
+    with pytest.raises(IndexError):
+        q[8] = delta
+
+
+@pytest.mark.parametrize("double_quant", [False, True])
+@pytest.mark.parametrize("format", FORMATS)
+def test_data_is_replaced_not_written_to(format: str, double_quant: bool) -> None:
+    parameter = nn.Parameter(quantize(weight(8, 64), format, double_quant=double_quant), requires_grad=False)
+    alias, dense = parameter.detach(), parameter.dequantize()
+    delta = torch.linspace(-1, 1, 8 * 64).view(8, 64)
+    parameter.data = dense + delta
+    assert same_bytes(parameter, quantize(dense + delta, format, double_quant=double_quant))
+    assert torch.equal(alias.dequantize(), dense)
+    parameter.data += delta
+    assert isinstance(parameter, nn.Parameter) and parameter.format_name == format
+    other = quantize(weight(3, 5, 128, dtype=torch.float16), "nf3", block_size=32)[1:]
+    parameter.data = other
+    assert (parameter.shape, parameter.dtype) == (other.shape, torch.float16) and is_view(parameter, other)
+    assert torch.equal(parameter.dequantize(), other.dequantize())
+    with pytest.raises(ValueError, match=r"data must have shape \[2, 5, 128\], got \[2\]"):
+        parameter.data = torch.zeros(2)
+
+
 def test_in_place_changes_leave_the_format_alone() -> None:
     before = quantize(weight(4, 64), "nf4")
     quantize(weight(4, 64), "nf4").add_(100.0)
@@ -132,8 +176,8 @@ def test_deepcopy_pickle_and_parameter(format: str) -> None:
     buffer = io.BytesIO()
     torch.save(parameter, buffer)
     buffer.seek(0)
-    loaded = torch.load(buffer, weights_only=False)
-    assert isinstance(loaded, QTensor) and same_bytes(loaded, parameter) and loaded.dtype == parameter.dtype
+    for loaded in (torch.load(buffer, weights_only=False), pickle.loads(pickle.dumps(parameter))):
+        assert isinstance(loaded, QTensor) and same_bytes(loaded, parameter) and loaded.dtype == parameter.dtype
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -150,12 +194,27 @@ def test_functional_linear_reads_the_packed_weight() -> None:
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_embedding_reads_rows(format: str) -> None:
+def test_embedding_reads_rows(format: str, monkeypatch: pytest.MonkeyPatch) -> None:
     q = quantize(weight(10, 64), format)
     index = torch.tensor([[3, 0], [9, 3]])
-    assert torch.equal(embedding(index, q), q.dequantize()[index])
+    wanted = q.dequantize()[index]
+    assert torch.equal(embedding(index, q), wanted)
+    if q.format.kind != "blockwise":
+        monkeypatch.setattr(QTensor, "dequantize", None)  # not needed
+    assert torch.equal(F.embedding(index, q, 3), wanted)
     with pytest.raises(TypeError, match="int64 or int32"):
         embedding(index.float(), q)
+
+
+@pytest.mark.parametrize("format", ["nf4", "int8"])
+def test_a_weight_that_wants_a_gradient_gets_it(format: str) -> None:
+    q, x, index = quantize(weight(24, 64), format), weight(5, 64), torch.tensor([3, 0, 3])
+    for call in (lambda w: F.linear(x, w), lambda w: F.embedding(index, w), lambda w: w * 2):
+        dense = q.dequantize().requires_grad_()
+        tracked = q.clone().requires_grad_()
+        (call(dense).square().sum()).backward()
+        (call(tracked).square().sum()).backward()
+        torch.testing.assert_close(tracked.grad, dense.grad, rtol=1e-5, atol=1e-5)
 
 
 def test_compile_takes_it_as_an_input() -> None:
@@ -408,10 +467,13 @@ def test_a_part_of_a_doubly_quantized_tensor_is_no_checkpoint() -> None:
 
 
 def test_parts_are_found_under_their_names_in_a_checkpoint() -> None:
-    for format in ("nf4", "nf3"):
+    for format in FORMATS:
         q = quantize(weight(8, 64), format)
+        module = Linear8bit(64, 8, bias=False) if format == "int8" else None
         for key in checkpoint.to_tensors(q, "weight"):
-            owner: object = q
+            owner: object = module if key in ("SCB", "weight_format") else q
+            if owner is module:
+                key = f"weight.{key}"
             for name in key.split(".")[1:]:
                 owner = getattr(owner, name)
             assert isinstance(owner, Tensor), key

@@ -125,10 +125,15 @@ def embedding(index: Tensor, weight: QTensor) -> Tensor:
     return cast(Tensor, y)
 
 
+def _is_frozen(weight: Any) -> bool:
+    return type(weight) is QTensor and not (weight.requires_grad and torch.is_grad_enabled())
+
+
+# Only the plain case: everything else takes torch's own path, on the restored value.
 def _torch_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
-    # Only the plain case: everything else takes torch's own path, on the restored value.
-    if type(weight) is not QTensor or isinstance(input, QTensor) or isinstance(bias, QTensor):
+    if not _is_frozen(weight) or isinstance(input, QTensor) or isinstance(bias, QTensor):
         return NotImplemented
+    weight = cast(QTensor, weight)
     if (
         weight.dim() != 2
         or weight.format.kind != "kbit"
@@ -140,4 +145,13 @@ def _torch_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> 
     return linear(input, weight, bias)
 
 
+def _torch_embedding(
+    input: Tensor, weight: Tensor, padding_idx: int | None = None, max_norm: Any = None, **_: Any
+) -> Any:
+    if not _is_frozen(weight) or isinstance(input, QTensor) or weight.dim() != 2 or max_norm is not None:
+        return NotImplemented
+    return embedding(input, cast(QTensor, weight)) if weight.dtype in KERNEL_DTYPES else NotImplemented
+
+
 TORCH_FUNCTIONS[F.linear] = _torch_linear
+TORCH_FUNCTIONS[F.embedding] = _torch_embedding

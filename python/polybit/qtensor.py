@@ -22,7 +22,8 @@ NESTED_BLOCK = 256
 TABLES = ("code", "nested_absmax", "nested_code", "nested_offset")
 _INNER = ("q", "absmax", *TABLES)
 
-# torch functions that read a QTensor without restoring all of it; functional.py fills this.
+# torch functions on a QTensor: handler(*args, **kwargs), NotImplemented for what torch does; functional.py and
+# tensor_ops.py fill this.
 TORCH_FUNCTIONS: dict[Callable[..., Any], Callable[..., Any]] = {}
 # aten operations on the stored form: handler(func, args, kwargs), NotImplemented for the restored value instead;
 # tensor_ops.py fills this.
@@ -51,22 +52,28 @@ def state_name(format: str) -> str:
 class QTensor(Tensor):
     """A quantized tensor: a traceable wrapper with the logical shape and dtype, made of plain inner tensors.
 
-    q              packed codes, uint8 [*shape[:-1], bytes of a row] where rows hold whole blocks, else [bytes];
-                   8 bits: uint8, int8 format: int8, both of the logical shape
-    absmax         one scale per block, fp32 [*shape[:-1], blocks of a row] or [blocks], or uint8 codes of them
-                   (double quantization); int8: one per row, fp32 shape[:-1]
-    code           the value of each code, fp32; None for int8
-    nested_absmax, nested_code, nested_offset   what restores a uint8 absmax, else None
-    block_offset   the place of the first block among those that were quantized together, which a doubly quantized
-                   tensor needs to be read; None: not known (a shard)
-    cut_from       elements of the tensor that this one is a part of; None: it is whole
+    q
+        packed codes, uint8 [*shape[:-1], bytes of a row] where rows hold whole blocks, else [bytes]; 8 bits: uint8,
+        int8 format: int8, both of the logical shape
+    absmax
+        one scale per block, fp32 [*shape[:-1], blocks of a row] or [blocks], or uint8 codes of them (double
+        quantization); int8: one per row, fp32 shape[:-1]
+    code
+        the value of each code, fp32; None for int8
+    nested_absmax, nested_code, nested_offset
+        what restores a uint8 absmax, else None
+    block_offset
+        the place of the first block among those that were quantized together, which a doubly quantized tensor needs to
+        be read; None: not known (a shard, what new_zeros gives)
+    cut_from
+        elements of the tensor that this one is a part of; None: it is whole
 
     Row cuts (`w[3:7]`, narrow, split, chunk, unbind, `w[0]`) and reshapes are views: they share q and absmax. A cut
     inside a block raises ValueError. Operations that do not know a QTensor see the restored value; operations in place
-    change that value and quantize it again. Any other view (`w.t()`, `w[:, 2:]`) is therefore a plain copy: what is
-    written to it does not reach the QTensor. A change of floating dtype changes the logical dtype and nothing stored.
-    A part of a doubly quantized tensor shares scales of scales with the rest, so it takes bytes (copy_ of the same
-    part) but no new values.
+    change that value and quantize it again, and so do `w[...] = x` and `w.data = x`. Any other view (`w.t()`,
+    `w[:, 2:]`) is therefore a plain copy: what is written to it does not reach the QTensor. A change of floating dtype
+    changes the logical dtype and nothing stored. A part of a doubly quantized tensor shares scales of scales with the
+    rest, so it takes bytes (copy_ of the same part) but no new values.
     """
 
     q: Tensor

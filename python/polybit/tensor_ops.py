@@ -6,10 +6,11 @@ import math
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils._python_dispatch import return_and_correct_aliasing
 
 from polybit.formats import get_format
-from polybit.qtensor import ATEN_FUNCTIONS, QTensor, assemble, packed_bytes
+from polybit.qtensor import ATEN_FUNCTIONS, TORCH_FUNCTIONS, QTensor, assemble, packed_bytes
 
 aten = torch.ops.aten
 
@@ -212,6 +213,46 @@ def _cat(func: Any, args: Any, kwargs: Any) -> Any:
     tables = {name: table.clone() for name, table in first.tables.items()}
     return assemble(q, absmax, **tables, shape=shape, dtype=first.dtype, **layout)
 
+
+def _set_data(target: QTensor, value: Tensor) -> Any:
+    """`weight.data = value`: `value` itself if it is quantized, else quantized as the weight is; no copy into it."""
+    if not isinstance(value, QTensor):
+        if value.shape != target.shape:
+            raise ValueError(f"QTensor: data must have shape {list(target.shape)}, got {list(value.shape)}")
+        value = target.requantize(value)
+    with torch._C.DisableTorchFunctionSubclass():
+        _SET_DATA(target, value)  # shape, dtype, device
+    target.__dict__.update({name: vars(value)[name] for name in QTensor.__annotations__})
+    return None
+
+
+def _set_item(target: Tensor, index: Any, value: Any) -> Any:
+    """`weight[index] = value`: into rows, if they are a view that takes new values, else into the restored whole."""
+    if not isinstance(target, QTensor):
+        return NotImplemented
+    rows = _rows(target, index)
+    if rows is not None and not target.double_quant:
+        rows.copy_(torch.as_tensor(value))
+    else:
+        dense = target.dequantize()
+        dense[index] = value
+        target.copy_(dense)
+    return None
+
+
+def _rows(weight: QTensor, index: Any) -> QTensor | None:
+    """`weight[index]` if that is a view."""
+    if not isinstance(index, (int, slice)):
+        return None
+    try:
+        rows = weight[index]
+    except ValueError:  # it would cut inside a block
+        return None
+    return rows if isinstance(rows, QTensor) else None
+
+
+_SET_DATA: Any = Tensor.data.__set__  # type: ignore[attr-defined]
+TORCH_FUNCTIONS |= {_SET_DATA: _set_data, Tensor.__setitem__: _set_item}
 
 ATEN_FUNCTIONS |= {
     aten.detach.default: _alias,
