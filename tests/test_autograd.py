@@ -123,6 +123,7 @@ def one_thread() -> Iterator[None]:
 @forward_mode
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.filterwarnings("ignore:.*is not a double precision floating point:UserWarning")
+@pytest.mark.filterwarnings("ignore:Please use `torch.vmap` instead:FutureWarning")  # torch 2.6's own gradcheck
 @pytest.mark.parametrize("op", checked_products())
 def test_gradcheck(op: str) -> None:
     """Finite differences of any width are exact for a linear function, so that fp32 will do."""

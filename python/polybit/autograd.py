@@ -135,9 +135,11 @@ def _kernel(name: str, rule: Rule) -> Callable[..., Tensor]:
     """
     apply = _function(name, rule).apply
     redispatch = getattr(ops, name).default.redispatch
+    differentiable = (0, rule.bias) if rule.bias else (0,)
 
     def kernel(keys: torch._C.DispatchKeySet, *args: Any) -> Tensor:
-        reverse = torch.is_grad_enabled() and torch._C._any_requires_grad(*args)
+        inputs = [args[i] for i in differentiable if args[i] is not None]
+        reverse = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
         if not reverse and forward_ad._current_level < 0:
             with torch._C._AutoDispatchBelowAutograd():
                 return cast(Tensor, redispatch(keys & torch._C._after_autograd_keyset, *args))
