@@ -211,6 +211,6 @@ class StableEmbedding(nn.Embedding):
     def forward(self, index: Tensor) -> Tensor:
         """index int64 or int32 [...] -> [..., embedding_dim] in the weight's dtype."""
         rows, norm = super().forward(index), self.norm
-        wide = torch.promote_types(rows.dtype, torch.float32)
+        wide = torch.float64 if rows.dtype == torch.float64 else torch.float32
         y = F.layer_norm(rows.to(wide), norm.normalized_shape, norm.weight.to(wide), norm.bias.to(wide), norm.eps)
         return y.to(self.weight.dtype)
