@@ -22,8 +22,10 @@ from polybit.nn import (
     quantize_,
 )
 
-# torch's warnings about itself: inductor imports scripted modules, dynamo instantiates a Function that it traces.
+# torch's warnings about itself: inductor imports scripted modules, dynamo instantiates a Function that it traces, and
+# torch 2.6 writes down its own configuration.
 pytestmark = [
+    pytest.mark.filterwarnings("ignore:Skipping serialization of skipfiles_inline_module_allowlist:UserWarning"),
     pytest.mark.filterwarnings("ignore:`torch.jit.script.*` is deprecated:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
 ]
