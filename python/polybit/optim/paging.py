@@ -1,11 +1,23 @@
-"""Paged states: memory that the system may write to a file and read again, so that states may outgrow the memory."""
+"""Paged states: memory that the system may write to a file and read again, so that states may outgrow the memory.
+
+On the CPU a state is a shared mapping of a file. The kernels walk through it once a step, in order, so the system reads
+ahead and writes behind, and needs no more memory than it likes to give.
+
+A GPU backend fits in behind paged_zeros and a hook before the launch, without changes to states or state dicts: states
+stay in host memory as here, the batch of a step is cut into windows of bounded size, and each window is copied into one
+of two pinned buffers and from there to the device on a second stream while the op works on the window before, then
+back. Device memory is two windows whatever the size of the model; the order of parameters is known, so the next window
+can always be fetched ahead.
+"""
 
 from __future__ import annotations
 
 import os
 import tempfile
 from collections.abc import Sequence
+from math import prod
 from pathlib import Path
+from typing import IO
 
 import torch
 from torch import Tensor
@@ -15,26 +27,34 @@ PAGED_NUMEL = 100_000
 
 
 def paged_zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device, folder: str | Path | None) -> Tensor:
-    """Zeros in a mapping of a file in `folder` (default: the system's folder for temporary files), on the CPU.
+    """Zeros in a mapping of a file in `folder` (default: see default_folder), on the CPU.
 
-    The file has no name any more when this returns: its space is free as soon as the tensor, or the process, is gone,
-    however it goes. Raises NotImplementedError for another device, OSError if there is no room or no such folder.
+    The file has no name: its space is free as soon as the tensor, or the process, is gone, however it goes. Raises
+    NotImplementedError for another device, OSError if there is no room or no such folder.
     """
     if device.type != "cpu":
         raise NotImplementedError(f"paged optimizer states live on the CPU so far, the parameter is on {device}")
-    numel = 1
-    for size in shape:
-        numel *= size
+    numel = prod(shape)
     if numel < PAGED_NUMEL:
         return torch.zeros(shape, dtype=dtype)
-    handle, name = tempfile.mkstemp(prefix="polybit-state-", dir=folder)
+    folder = folder or default_folder()
+    with tempfile.TemporaryFile(prefix="polybit-state-", dir=folder) as file:
+        reserve(file, numel * dtype.itemsize, folder)
+        return torch.from_file(f"/dev/fd/{file.fileno()}", shared=True, size=numel, dtype=dtype).view(list(shape))
+
+
+def default_folder() -> str:
+    """TMPDIR, else /var/tmp, because /tmp is often held in memory, else what the system has in its place."""
+    return os.environ.get("TMPDIR") or ("/var/tmp" if os.path.isdir("/var/tmp") else tempfile.gettempdir())
+
+
+def reserve(file: IO[bytes], size: int, folder: str | Path) -> None:
+    """Let a new file have `size` bytes, all of them taken: no room is an OSError now, not a fault in mid-step."""
     try:
-        size = numel * dtype.itemsize
         if hasattr(os, "posix_fallocate"):
-            os.posix_fallocate(handle, 0, size)  # no room: an error now, rather than a fault in the middle of a step
+            os.posix_fallocate(file.fileno(), 0, size)
         else:
-            os.truncate(handle, size)
-        return torch.from_file(name, shared=True, size=numel, dtype=dtype).view(list(shape))
-    finally:
-        os.close(handle)
-        os.unlink(name)
+            file.truncate(size)
+    except OSError as problem:
+        reason = f"no room for {size} bytes of optimizer state: {problem.strerror}"
+        raise OSError(problem.errno, reason, str(folder)) from None
