@@ -42,8 +42,8 @@ class Adagrad(Optimizer):
         lr = float(group["lr"]) / (1 + (step - 1) * group["lr_decay"])
         return Hyper(lr=lr, coupled_decay=group["weight_decay"], eps=group["eps"])
 
-    def _fresh(self, param: Tensor, group: dict[str, Any], settings: dict[str, Any]) -> State:
-        state, start = super()._fresh(param, group, settings), group["initial_accumulator_value"]
+    def _fresh(self, param: Tensor, group: dict[str, Any], settings: dict[str, Any], bits: int | None = None) -> State:
+        state, start = super()._fresh(param, group, settings, bits), group["initial_accumulator_value"]
         if start and bits_of(state) == 8:
             state["state1"].fill_(255)  # the code of 1
             state["absmax1"].fill_(start)

@@ -41,9 +41,13 @@ class Adam(Optimizer):
         amsgrad: bool = False,
         **options: Any,
     ) -> None:
-        if amsgrad:
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "amsgrad": amsgrad}
+        super().__init__(params, defaults, **options)
+
+    def check(self, group: dict[str, Any]) -> None:
+        super().check(group)
+        if group["amsgrad"]:
             raise ValueError(f"{type(self).__name__}: amsgrad is not supported")
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}, **options)
 
     def rule(self, group: dict[str, Any]) -> str:
         return "adam"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable
+from copy import deepcopy
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
@@ -11,18 +12,18 @@ import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo  # torch.compiler.disable would import all of torch._dynamo with us
 
-from polybit.optim.overrides import SETTINGS, settings_of
+from polybit.optim.overrides import SETTINGS, check_settings, settings_of
 from polybit.optim.state import (
     State,
     bits_of,
     copy_state,
     fits_8bit,
-    is_permuted,
+    has_moments,
+    in_memory_order,
     local,
-    memory_order,
     moments,
     new_state,
-)  # fmt: skip
+)
 from polybit.spec.optim import NUMBERS, SKIP_NONFINITE, STOCHASTIC, Hyper
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -37,11 +38,12 @@ class Optimizer(torch.optim.Optimizer):
         optim_bits: 32 or 8, the width of the states. 8 bits: blocks of 256, dynamic maps.
         min_8bit_size: parameters with fewer elements keep 32-bit states.
         is_paged: keep large states in memory-mapped files, so that they may be larger than the memory.
-        page_folder: where these files are; default: the system's folder for temporary files.
+        page_folder: where these files are; default: TMPDIR, else /var/tmp, or what the system has in its place.
         stochastic_rounding: round new bf16 parameters up or down at random, with the right mean.
-        seed: of that rounding; the same seed gives the same parameters.
+        seed: of that rounding, an integer; the same seed gives the same parameters.
         skip_nonfinite: elements whose gradient is NaN or infinite are left as they are.
         maximize: step along the gradient instead of against it.
+    A parameter group may have its own of each. Raises ValueError for a value that an option does not have.
 
     Parameters and gradients: fp32, fp16 or bf16, also mixed; states and arithmetic: fp32. A state dict of bitsandbytes
     loads, and ours loads there. A sharded parameter (DTensor) has a state that is sharded like it; in 8 bits if shards
@@ -50,6 +52,8 @@ class Optimizer(torch.optim.Optimizer):
 
     _bits: ClassVar[int] = 32
     _paged: ClassVar[bool] = False
+    # The options that bitsandbytes keeps as `betas`, in a rule without any.
+    _betas: ClassVar[tuple[str, ...]] = ()
     # torch.amp.GradScaler then leaves the division by its scale, and the skipping of a step, to step().
     _step_supports_amp_scaling = True
 
@@ -67,25 +71,34 @@ class Optimizer(torch.optim.Optimizer):
         skip_nonfinite: bool = False,
         maximize: bool = False,
     ) -> None:
-        bits = self._bits if optim_bits is None else optim_bits
-        if bits not in (8, 32):
-            raise ValueError(f"{type(self).__name__}: optim_bits must be 8 or 32, got {bits}")
-        if not isinstance(min_8bit_size, int) or min_8bit_size < 0:
-            raise ValueError(f"{type(self).__name__}: min_8bit_size must be 0 or more, got {min_8bit_size}")
-        for name, value in defaults.items():
-            _check_number(type(self).__name__, name, value)
-        if page_folder is not None and not Path(page_folder).is_dir():
-            raise ValueError(f"{type(self).__name__}: page_folder must be a folder, got {page_folder}")
-        self.page_folder, self.seed = page_folder, seed
         settings = {
-            "optim_bits": bits,
+            "optim_bits": self._bits if optim_bits is None else optim_bits,
             "min_8bit_size": min_8bit_size,
             "is_paged": self._paged if is_paged is None else is_paged,
+            "page_folder": None if page_folder is None else str(page_folder),
             "stochastic_rounding": stochastic_rounding,
             "skip_nonfinite": skip_nonfinite,
+            "seed": seed,
             "maximize": maximize,
         }
         super().__init__(params, {**defaults, **settings})
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Train more parameters; options that the group does not name are the optimizer's.
+
+        Raises ValueError for a value that an option does not have.
+        """
+        self.check({**self.defaults, **param_group})
+        super().add_param_group(param_group)
+
+    def check(self, group: dict[str, Any]) -> None:
+        """Raise ValueError for an option of a group that has an impossible value, or one that is not supported."""
+        owner = type(self).__name__
+        check_settings(owner, group)
+        if not isinstance(group["seed"], int):
+            raise ValueError(f"{owner}: seed must be an integer, got {group['seed']!r}")
+        for name in group.keys() & self.defaults.keys() - {*SETTINGS, "seed", "maximize"}:
+            _check_number(owner, name, group[name], self.defaults[name])
 
     def rule(self, group: dict[str, Any]) -> str:
         """The name of the update rule, a key of polybit.spec.optim.RULES, that the options of a group ask for."""
@@ -121,39 +134,51 @@ class Optimizer(torch.optim.Optimizer):
 
     @_disable_dynamo  # Python bookkeeping around one opaque op
     def _update(self, scale: float) -> None:
-        for group in self.param_groups:
-            for param in group["params"]:
-                if param.grad is not None:
-                    _check_param(type(self).__name__, param)
-        for group in self.param_groups:
-            batches: dict[tuple[Any, ...], list[tuple[Tensor, State]]] = defaultdict(list)
-            for param in group["params"]:
-                if param.grad is None:
-                    continue
-                settings = settings_of(param, group)
-                state = self._state_of(param, group, settings)
-                options = STOCHASTIC * settings["stochastic_rounding"] + SKIP_NONFINITE * settings["skip_nonfinite"]
-                key = (param.dtype, param.grad.dtype, local(param).device, bits_of(state), state["step"] + 1, options)
-                batches[key].append((param, state))
-            rule = self.rule(group)
-            for key, batch in batches.items():
-                step, options = key[-2:]
-                hyper = self.hyper(group, step)._replace(grad_scale=-scale if group["maximize"] else scale)
-                _launch(rule, batch, hyper, options, self.seed * 0x10001 + step)
-                for _, state in batch:
-                    state["step"] = step
+        todo = [
+            (k, param, settings_of(param, group))
+            for k, group in enumerate(self.param_groups)
+            for param in group["params"]
+            if param.grad is not None
+        ]
+        for _, param, _ in todo:
+            _check_param(type(self).__name__, param)
+        rules = [self.rule(group) for group in self.param_groups]
+        fresh: dict[Tensor, State] = {}
+        for k, param, settings in todo:
+            state = self.state.get(param, {})
+            if not has_moments(rules[k], state):  # its first step, or an option was switched on that needs more of them
+                bits = bits_of(state) if "state1" in state else None
+                fresh[param] = {**self._fresh(param, self.param_groups[k], settings, bits), **state}
+        self.state.update(fresh)  # all of them or none: there may be no room
 
-    def _state_of(self, param: Tensor, group: dict[str, Any], settings: dict[str, Any]) -> State:
-        state: State = self.state[param]
-        if not state:
-            self.state[param] = state = self._fresh(param, group, settings)
-        return state
+        batches: dict[tuple[Any, ...], list[tuple[Tensor, State]]] = defaultdict(list)
+        for k, param, settings in todo:
+            state = self.state[param]
+            options = STOCHASTIC * settings["stochastic_rounding"] + SKIP_NONFINITE * settings["skip_nonfinite"]
+            key = (param.dtype, param.grad.dtype, local(param).device, bits_of(state), k, state["step"] + 1, options)
+            batches[key].append((param, state))
+        for place, (key, batch) in enumerate(batches.items()):
+            k, step, options = key[-3:]
+            group = self.param_groups[k]
+            hyper = self.hyper(group, step)._replace(grad_scale=-scale if group["maximize"] else scale)
+            _launch(rules[k], batch, hyper, options, (group["seed"] * 0x10001 + step) * 0x101 + place)
+            for _, state in batch:
+                state["step"] = step
 
-    def _fresh(self, param: Tensor, group: dict[str, Any], settings: dict[str, Any]) -> State:
+    def _fresh(self, param: Tensor, group: dict[str, Any], settings: dict[str, Any], bits: int | None = None) -> State:
         small = param.numel() < settings["min_8bit_size"]
-        bits = 8 if settings["optim_bits"] == 8 and not small and fits_8bit(param) else 32
+        bits = bits or (8 if settings["optim_bits"] == 8 and not small and fits_8bit(param) else 32)
         paged = settings["is_paged"]
-        return new_state(self.rule(group), param, bits=bits, paged=paged, folder=self.page_folder)
+        return new_state(self.rule(group), param, bits=bits, paged=paged, folder=settings["page_folder"])
+
+    def state_dict(self) -> dict[str, Any]:
+        """As torch.optim has it; bitsandbytes' class of the same name can load it."""
+        saved = super().state_dict()
+        for group in saved["param_groups"]:  # it looks for these two in every group
+            numbers = [group[name] for name in self._betas]
+            group.setdefault("betas", (*numbers, *[0.0] * (2 - len(numbers))))
+            group.setdefault("eps", 0.0)
+        return saved
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over the options and states of `state_dict`: of this class, or of bitsandbytes' class of the same name.
@@ -161,38 +186,52 @@ class Optimizer(torch.optim.Optimizer):
         Width, paging and rounding stay as this optimizer has them, and a state of the other width is converted. Raises
         ValueError if groups, entries or sizes do not fit; nothing is changed then.
         """
+        state_dict = state_dict.copy()
+        for before in self._optimizer_load_state_dict_pre_hooks.values():
+            changed = before(self, state_dict)
+            state_dict = state_dict if changed is None else changed
         saved = state_dict["param_groups"]
         if [len(group["params"]) for group in saved] != [len(group["params"]) for group in self.param_groups]:
             raise ValueError("load_state_dict: the groups have other numbers of parameters than the optimizer's")
         groups = [self._merge(theirs, ours) for theirs, ours in zip(saved, self.param_groups)]
-        fresh: dict[Tensor, State] = {}
-        for group, ours in zip(groups, self.param_groups):
-            for key, param in zip(group["params"], ours["params"]):
+        states: dict[Tensor, State] = {}
+        for theirs, group in zip(saved, groups):
+            self.check(group)
+            for key, param in zip(theirs["params"], group["params"]):
                 entry = state_dict["state"].get(key)
                 if entry:
                     entry = {**entry, **entry.get(WRAPPED, {})}
-                    fresh[param] = self._fresh(param, group, settings_of(param, group))
-                    copy_state(self.rule(group), entry, fresh[param])
-        super().load_state_dict({**state_dict, "state": {}, "param_groups": groups})
-        self.state.update(fresh)
+                    states[param] = self._fresh(param, group, settings_of(param, group))
+                    copy_state(self.rule(group), entry, states[param])
+        self.__setstate__({"state": defaultdict(dict, states), "param_groups": groups})
+        for after in self._optimizer_load_state_dict_post_hooks.values():
+            after(self)
 
     def _merge(self, saved: dict[str, Any], ours: dict[str, Any]) -> dict[str, Any]:
-        known = {k: v for k, v in saved.items() if k in ours and k not in SETTINGS and k != "params"}
-        return {**ours, **known, "params": saved["params"]}
+        """Our group with the options that `saved` has; those that schedulers keep beside them come along."""
+        theirs = {k: deepcopy(v) for k, v in saved.items() if k not in (*SETTINGS, "params")}
+        if "betas" not in ours:
+            numbers = theirs.pop("betas", ())
+            theirs = {**dict(zip(self._betas, numbers)), **theirs}
+        if "eps" not in ours:
+            theirs.pop("eps", None)
+        return {**ours, **theirs}
 
 
-def _check_number(owner: str, name: str, value: Any) -> None:
+def _check_number(owner: str, name: str, value: Any, default: Any) -> None:
+    """Numbers are 0 or more, and as many as the default has; betas, below 1."""
     values = value if isinstance(value, (tuple, list)) else [value]
-    for number in values:
-        if isinstance(number, (int, float)) and not isinstance(number, bool) and not number >= 0:
-            raise ValueError(f"{owner}: {name} must be 0 or more, got {value}")
+    if isinstance(default, (tuple, list)) and len(values) != len(default):
+        raise ValueError(f"{owner}: {name} must be {len(default)} numbers, got {value}")
+    if any(isinstance(number, (int, float, Tensor)) and not number >= 0 for number in values):
+        raise ValueError(f"{owner}: {name} must be 0 or more, got {value}")
     if name == "betas" and not all(0 <= beta < 1 for beta in values):
         raise ValueError(f"{owner}: betas must be from 0 up to, not including, 1, got {value}")
 
 
 def _check_param(owner: str, param: Tensor) -> None:
     assert param.grad is not None
-    if param.grad.is_sparse:
+    if param.grad.layout != torch.strided:
         raise RuntimeError(f"{owner}: sparse gradients are not supported")
     for what, x in (("parameter", param), ("gradient", param.grad)):
         if x.dtype not in DTYPES:
@@ -201,12 +240,11 @@ def _check_param(owner: str, param: Tensor) -> None:
 
 def _launch(rule: str, batch: list[tuple[Tensor, State]], hyper: Hyper, options: int, seed: int) -> None:
     """One op call for parameters of one dtype, one device and one step."""
-    params = [local(param) for param, _ in batch]
-    grads = [local(cast(Tensor, param.grad)) for param, _ in batch]
-    rows = [_in_a_row(param, param) for param in params]
-    flat_grads = [_in_a_row(grad, param) for grad, param in zip(grads, params)]
-    device = params[0].device
-    numbers = torch.tensor(hyper, dtype=torch.float32, device=device)
+    params = [local(param).detach() for param, _ in batch]
+    grads = [local(cast(Tensor, param.grad)).detach() for param, _ in batch]
+    rows = [in_memory_order(param, param) for param in params]
+    flat_grads = [in_memory_order(grad, param) for grad, param in zip(grads, params)]
+    numbers = torch.tensor(hyper, dtype=torch.float32, device=params[0].device)
     settings = (numbers, NUMBERS[rule], options, seed & 0x7FFFFFFF)
 
     def lists(part: str) -> list[list[Tensor]]:
@@ -214,18 +252,13 @@ def _launch(rule: str, batch: list[tuple[Tensor, State]], hyper: Hyper, options:
         found = [list(column) for column in zip(*by_param)]
         return found + [[] for _ in range(3 - len(found))]
 
-    states = [[_in_a_row(x, x) for x in column] for column in lists("state")]
+    states = [[in_memory_order(x, x) for x in column] for column in lists("state")]
     if bits_of(batch[0][1]) == 32:
         torch.ops.polybit.optimizer_32bit(rows, flat_grads, *states, *settings)
     else:
-        codes = [column[0] if column else None for column in lists("qmap")]
+        codes = [column[0] if column else None for column in lists("qmap")]  # the same for all: copy_state sees to it
         torch.ops.polybit.optimizer_8bit(rows, flat_grads, *states, *lists("absmax"), *codes, *settings)
     for param, row in zip(params, rows):
-        if row.data_ptr() != param.data_ptr():
+        if row.data_ptr() != param.data_ptr():  # a parameter with gaps: the row was a copy
             param.copy_(row.view(param.shape))
-
-
-def _in_a_row(x: Tensor, like: Tensor) -> Tensor:
-    """The elements of x, flat, in the order in which those of `like` lie in memory; a copy where x's lie otherwise."""
-    x = x.detach()
-    return (x.permute(memory_order(like)) if is_permuted(like) else x).reshape(-1)
+    torch.autograd.graph.increment_version(params)

@@ -16,6 +16,8 @@ class LARS(Optimizer):
     ratio is 1. bitsandbytes' LARS only clips the update: another rule. Further keyword arguments: see Optimizer.
     """
 
+    _betas = ("momentum",)
+
     def __init__(
         self,
         params: Iterable[Any],

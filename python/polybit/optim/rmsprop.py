@@ -16,6 +16,8 @@ class RMSprop(Optimizer):
     decay is added to the gradient. Further keyword arguments: see Optimizer.
     """
 
+    _betas = ("alpha",)
+
     def __init__(
         self,
         params: Iterable[Any],

@@ -16,6 +16,8 @@ class SGD(Optimizer):
     Optimizer. Raises ValueError for nesterov without momentum or with dampening.
     """
 
+    _betas = ("momentum",)
+
     def __init__(
         self,
         params: Iterable[Any],
@@ -26,12 +28,15 @@ class SGD(Optimizer):
         nesterov: bool = False,
         **options: Any,
     ) -> None:
-        if nesterov and (momentum <= 0 or dampening != 0):
-            raise ValueError(f"{type(self).__name__}: nesterov needs a momentum and a dampening of 0")
         defaults = {
             "lr": lr, "momentum": momentum, "dampening": dampening, "weight_decay": weight_decay, "nesterov": nesterov,
         }  # fmt: skip
         super().__init__(params, defaults, **options)
+
+    def check(self, group: dict[str, Any]) -> None:
+        super().check(group)
+        if group["nesterov"] and (group["momentum"] <= 0 or group["dampening"] != 0):
+            raise ValueError(f"{type(self).__name__}: nesterov needs a momentum and a dampening of 0")
 
     def rule(self, group: dict[str, Any]) -> str:
         return "momentum" if group["momentum"] else "sgd"

@@ -12,6 +12,7 @@ The state of a DTensor is made of DTensors that are sharded like it; scales then
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,12 +35,15 @@ class Slot(NamedTuple):
     second_moment: bool
 
 
-def slots(rule: str) -> list[Slot]:
+@cache
+def slots(rule: str) -> tuple[Slot, ...]:
     """The entries of a rule, in order."""
     if rule == "ademamix":
-        return [Slot("1", True, False), Slot("2", False, True)]
+        return Slot("1", True, False), Slot("2", False, True)
     second = RULES[rule].second_moment
-    return [Slot(str(k + 1), False, k == second) for k in range(RULES[rule].states)]
+    # The mean of a centered RMSprop is always state3, so that an entry is the same moment whatever is switched on.
+    names = {"rmsprop_centered": "13", "rmsprop_centered_momentum": "132"}.get(rule, "123")
+    return tuple(Slot(names[k], False, k == second) for k in range(RULES[rule].states))
 
 
 _maps: dict[tuple[bool, torch.device], Tensor] = {}
@@ -89,6 +93,11 @@ def memory_order(x: Tensor) -> list[int]:
 def is_permuted(x: Tensor) -> bool:
     """Whether x fills its memory without gaps, but not row by row: channels_last, a transpose."""
     return not x.is_contiguous() and x.permute(memory_order(x)).is_contiguous()
+
+
+def in_memory_order(x: Tensor, like: Tensor) -> Tensor:
+    """The elements of x, flat, in the order in which those of `like` lie in memory; a copy where x's lie otherwise."""
+    return (x.permute(memory_order(like)) if is_permuted(like) else x).reshape(-1)
 
 
 def new_state(rule: str, param: Tensor, *, bits: int, paged: bool, folder: str | Path | None) -> State:
@@ -142,6 +151,11 @@ def bits_of(state: State) -> int:
     return 8 if any(name.startswith("qmap") for name in state) else 32
 
 
+def has_moments(rule: str, state: State) -> bool:
+    """Whether a state has the moments that the rule needs; before the first step it does not."""
+    return "step" in state and all(f"state{slot.name}" in state for slot in slots(rule))
+
+
 def moments(rule: str, state: State, part: str) -> list[Tensor]:
     """This rank's `part` ("state", "absmax" or "qmap") of every moment, in the order of the rule."""
     found: list[Tensor] = []
@@ -156,29 +170,40 @@ def copy_state(rule: str, source: State, target: State) -> None:
 
     Raises ValueError, naming the entry, if one is missing or of another size.
     """
-    for part in ("state", "absmax", "qmap") if bits_of(source) == 8 else ("state",):
-        for slot in slots(rule):
-            if part + slot.name not in source:
-                raise ValueError(f"load_state_dict: {part}{slot.name} is missing")
+    of_source = bits_of(source)
+    parts = ("state", "absmax", "qmap") if of_source == 8 else ("state",)
+    for name in ("step", *(part + slot.name for part in parts for slot in slots(rule))):
+        if name not in source:
+            raise ValueError(f"load_state_dict: {name} is missing")
+    ours = [
+        moments(rule, target, part) for part in ("state", "absmax", "qmap") if part == "state" or bits_of(target) == 8
+    ]
+    theirs = [moments(rule, source, part) for part in parts]
     target["step"] = int(source["step"])
-    theirs, ours = moments(rule, source, "state"), moments(rule, target, "state")
-    for k, (x, y) in enumerate(zip(theirs, ours)):
-        if x.numel() != y.numel():
-            raise ValueError(f"load_state_dict: a state is {list(x.shape)}, wanted {list(y.shape)}")
-        if bits_of(source) == bits_of(target):
-            y.copy_(x.view(y.shape))
-        elif bits_of(target) == 32:
-            absmax, code = (moments(rule, source, part)[k].to(x.device) for part in ("absmax", "qmap"))
-            y.copy_(dequantize_values(x.view(y.shape), absmax.reshape(-1), code, STATE_BLOCK))
-        else:
-            absmax, code = (moments(rule, target, part)[k] for part in ("absmax", "qmap"))
-            codes, scales = quantize_state(x.to(y.device).view(y.shape), code, RULES[rule].second_moment == k)
-            y.copy_(codes)
-            absmax.copy_(scales.view(absmax.shape))
-    if bits_of(source) == bits_of(target) == 8:
-        for x, y in zip(moments(rule, source, "absmax"), moments(rule, target, "absmax")):
-            y.copy_(x.reshape(y.shape))
-        for slot in slots(rule):  # codes mean what the map that they came with says
-            name = f"qmap{slot.name}"
-            if not torch.equal(source[name].to(target[name].device), target[name]):
-                target[name] = source[name].to(target[name].device, torch.float32, copy=True)
+    for k, (x, y) in enumerate(zip(zip(*theirs), zip(*ours))):
+        if x[0].shape != y[0].shape:
+            raise ValueError(f"load_state_dict: a state is {list(x[0].shape)}, wanted {list(y[0].shape)}")
+        x = tuple(each.to(y[0].device) for each in x)
+        if len(x) == 3 and x[1].numel() != -(-x[0].numel() // STATE_BLOCK):
+            raise ValueError(f"load_state_dict: {x[1].numel()} scales for a state of {x[0].numel()} elements")
+        same_order = memory_order(x[0]) == memory_order(y[0])
+        if len(x) == len(y) == 3 and same_order and torch.equal(x[2], y[2]):
+            y[0].copy_(x[0])
+            y[1].copy_(x[1].view(y[1].shape))
+            continue
+        values = x[0] if len(x) == 1 else _restored(*x)
+        if len(y) == 1:
+            y[0].copy_(values)
+            continue
+        flat = in_memory_order(values, y[0])
+        codes, scales = quantize_state(flat.float(), y[2], RULES[rule].second_moment == k)
+        in_memory_order(y[0], y[0]).copy_(codes)
+        y[1].copy_(scales.view(y[1].shape))
+
+
+def _restored(codes: Tensor, absmax: Tensor, code: Tensor) -> Tensor:
+    """The values of an 8-bit state, fp32, in the layout of its codes: blocks follow the memory."""
+    values = torch.empty_like(codes, dtype=torch.float32)
+    flat = dequantize_values(in_memory_order(codes, codes), absmax.reshape(-1), code.float(), STATE_BLOCK)
+    in_memory_order(values, values).copy_(flat)
+    return values
