@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +12,7 @@ from polybit import functional
 from polybit.distributed import local
 from polybit.formats import Format
 from polybit.nn.module import QuantizedModule, check_sizes, check_weight, kbit_format
+from polybit.optim.overrides import override
 from polybit.qtensor import QTensor, check_block_size, quantize
 
 Kbit = TypeVar("Kbit", bound="EmbeddingKbit")
@@ -179,8 +180,8 @@ class StableEmbedding(nn.Embedding):
     """A trainable nn.Embedding for training with quantized optimizers: y = LayerNorm(table[index]).
 
     The table starts Xavier-uniform (Glorot and Bengio, 2010); the norm, with parameters `norm.weight` and `norm.bias`,
-    is computed in fp32 (fp64 for an fp64 table) and rounded to the table's dtype. Its optimizer state should stay in 32
-    bits. nn.quantize_ leaves it alone. Arguments: those of nn.Embedding.
+    is computed in fp32 (fp64 for an fp64 table) and rounded to the table's dtype. polybit.optim keeps the table's state
+    in 32 bits (see optim.override). nn.quantize_ leaves it alone. Arguments: those of nn.Embedding.
     Source: Dettmers et al., "8-bit Optimizers via Block-wise Quantization", 2022, section 2.3.
     """
 
@@ -202,6 +203,11 @@ class StableEmbedding(nn.Embedding):
             device=device, dtype=dtype,
         )  # fmt: skip
         self.norm = nn.LayerNorm(embedding_dim, device=device)
+        override(self.weight, optim_bits=32)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        override(self.weight, optim_bits=32)  # a copy has a parameter of its own
 
     def reset_parameters(self) -> None:
         """Xavier-uniform, and zeros at padding_idx."""
