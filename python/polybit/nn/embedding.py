@@ -206,7 +206,7 @@ class StableEmbedding(nn.Embedding):
         override(self.weight, optim_bits=32)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         override(self.weight, optim_bits=32)  # a copy has a parameter of its own
 
     def reset_parameters(self) -> None:
