@@ -161,30 +161,30 @@ def test_a_name_is_taken_once(tmp_path: Path) -> None:
     assert "second.so: a backend named dummy is loaded already" in run_python(code).stdout
 
 
-def install(folder: Path, name: str, body: str, library: Path | None) -> Path:
-    """pip install a generated package with an entry point into a folder of its own."""
-    source, target = folder / f"{name}_source", folder / "site"
-    (source / name).mkdir(parents=True)
-    (source / name / "__init__.py").write_text(body)
-    if library is not None:
+def install(folder: Path, modules: dict[str, str], library: Path) -> Path:
+    """pip install a generated distribution of these modules, each with an entry point, into a folder of its own."""
+    source, target = folder / "source", folder / "site"
+    for name, body in modules.items():
+        (source / name).mkdir(parents=True)
+        (source / name / "__init__.py").write_text(body)
         (source / name / "backend.so").write_bytes(library.read_bytes())
+    points = "".join(f'{name} = "{name}:backend"\n' for name in modules)
     (source / "pyproject.toml").write_text(
         f"""[build-system]
 requires = ["setuptools"]
 build-backend = "setuptools.build_meta"
 [project]
-name = "{name}"
+name = "polybit-plugins"
 version = "1.0"
 [project.entry-points."polybit.backends"]
-{name} = "{name}:backend"
+{points}
 [tool.setuptools]
-packages = ["{name}"]
+packages = {list(modules)}
 [tool.setuptools.package-data]
-{name} = ["*.so"]
+"*" = ["*.so"]
 """
     )
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
-    # Older pips complain about a --target that exists already.
     done = subprocess.run([*command, "--target", str(target), str(source)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return target
@@ -193,10 +193,12 @@ packages = ["{name}"]
 def test_installed_entry_points(tmp_path: Path) -> None:
     """One works and brings a C library, one throws on being called, one throws on import: all in one environment."""
     library = compile_library(tmp_path, "plugin.c", "good", '-DPLUGIN_NAME="dummy:installed"')
-    path_body = "from pathlib import Path\n\ndef backend():\n    return Path(__file__).parent / 'backend.so'\n"
-    install(tmp_path, "polybit_dummy", path_body, library)
-    install(tmp_path, "polybit_thrower", "def backend():\n    raise OSError('no dummy driver')\n", None)
-    target = install(tmp_path, "polybit_unimportable", "raise ImportError('a part is missing')\n", None)
+    modules = {
+        "polybit_dummy": "from pathlib import Path\n\ndef backend():\n    return Path(__file__).parent / 'backend.so'\n",
+        "polybit_thrower": "def backend():\n    raise OSError('no dummy driver')\n",
+        "polybit_unimportable": "raise ImportError('a part is missing')\n",
+    }
+    target = install(tmp_path, modules, library)
     code = PRELUDE + (
         "with polybit.backend('dummy', fallback='error'):\n"
         "    assert torch.equal(op(), want) and last_backend() == 'dummy:installed'\n"

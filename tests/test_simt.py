@@ -73,9 +73,9 @@ def test_an_unknown_order_is_refused(emulator: Path) -> None:
 def test_missing_barriers_are_noticed(tmp_path: Path) -> None:
     program = build(tmp_path, "emulator", "-DPB_MUTATE_NO_BARRIER")
     for order in ORDERS:
-        done = execute(program, POLYBIT_EMULATOR_ORDER=order)
-        match = re.search(r"2430 cases, (\d+) wrong", done.stdout)
-        assert done.returncode == 1 and match and int(match[1]) > 1000, done.stdout
+        done = execute(program, "7", POLYBIT_EMULATOR_ORDER=order)
+        match = re.search(r"348 cases, (\d+) wrong", done.stdout)
+        assert done.returncode == 1 and match and int(match[1]) > 140, done.stdout
 
 
 def test_emulator_under_sanitizers(tmp_path: Path) -> None:
@@ -115,13 +115,13 @@ def test_misuse_is_reported_with_its_place(misuse: Path, order: str) -> None:
 def test_nvcc_compiles_without_spills_and_with_wide_loads(tmp_path: Path, architecture: int) -> None:
     nvcc = require_tool("nvcc")
     flags = ("-std=c++17", f"-arch=sm_{architecture}", "-fmad=false", "-Werror", "all-warnings", SOURCES / "kbit.cu")
-    cubin = execute(nvcc, *flags, "-Xptxas", "-v", "-cubin", "-o", tmp_path / "kbit.cubin")
+    # Keeps the PTX that the cubin is made of.
+    kept = ("-keep", "-keep-dir", tmp_path)
+    cubin = execute(nvcc, *flags, *kept, "-Xptxas", "-v", "-cubin", "-o", tmp_path / "kbit.cubin")
     assert cubin.returncode == 0, cubin.stderr
     spills = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", cubin.stderr)
     assert spills == [("0", "0", "0")] * len(ENTRIES), cubin.stderr
 
-    ptx = execute(nvcc, *flags, "-ptx", "-o", tmp_path / "kbit.ptx")
-    assert ptx.returncode == 0, ptx.stderr
     entries = dict(re.findall(r"\.entry (\w+)\((.*?)(?=\.visible|\Z)", (tmp_path / "kbit.ptx").read_text(), re.S))
     assert set(entries) == set(ENTRIES)
     for name, body in entries.items():
