@@ -4,6 +4,9 @@
 A row is a Python, pins that replace those of constraints.txt, an environment and what pytest (or make) is to run. Rows
 with the same Python and pins share a virtual environment under build/matrix. What is missing here skips a row, with the
 reason; with CI=true that is a failure, unless the row is optional (hosted runners have different CPUs).
+
+The "portable" selection leaves out what the rows linux, cuda-compile, hip-compile and metal-check run. A test that a row
+is without is named there with the reason.
 """
 
 from __future__ import annotations
@@ -45,6 +48,7 @@ class Row:
     index: str  # where GitHub's runners find torch without, or with, a GPU's libraries
     env: dict[str, str]
     tests: list[list[str]]  # one pytest command each
+    without: dict[str, str]  # tests, by the beginning of their ids, that cannot pass there: why
     make: str  # a target of the Makefile, before the tests
     heavy: bool  # installs gigabytes: locally only with HEAVY=1
     optional: bool
@@ -85,7 +89,8 @@ def rows() -> list[Row]:
         if isinstance(merged["tests"], str):
             merged["tests"] = DATA["selections"][merged["tests"]]
         backend = merged["env"].get("POLYBIT_BACKEND", "")
-        merged["tests"] = [[word.format(backend=backend) for word in command] for command in merged["tests"]]
+        without = [f"--deselect={name}" for name in merged["without"]]
+        merged["tests"] = [[word.format(backend=backend) for word in command] + without for command in merged["tests"]]
         found.append(Row(**merged))
     return found
 

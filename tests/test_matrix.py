@@ -47,9 +47,11 @@ def test_names() -> None:
 def test_a_row_names_what_exists(row: Any) -> None:
     assert row.make or row.tests
     assert all((ROOT / word).exists() for command in row.tests for word in command if word.startswith("tests/"))
+    assert all(f"--deselect={name}" in command for command in row.tests for name in row.without)
     for name in re.findall(r"--(?:ignore|deselect)=(\S+)", " ".join(" ".join(command) for command in row.tests)):
-        path, _, test = name.partition("::")
+        path, _, test = name.partition("[")[0].partition("::")
         assert f"def {test}" in (ROOT / path).read_text(encoding="utf-8"), name
+    assert all(len(reason.split()) >= 2 for reason in row.without.values())
     assert not [pin for pin in row.pins if not re.fullmatch(r"[\w-]+==[\w.]+", pin)]
 
 
