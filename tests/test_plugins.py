@@ -194,7 +194,7 @@ def test_installed_entry_points(tmp_path: Path) -> None:
     """One works and brings a C library, one throws on being called, one throws on import: all in one environment."""
     library = compile_library(tmp_path, "plugin.c", "good", '-DPLUGIN_NAME="dummy:installed"')
     modules = {
-        "polybit_dummy": "from pathlib import Path\n\ndef backend():\n    return Path(__file__).parent / 'backend.so'\n",
+        "polybit_dummy": "import pathlib\n\ndef backend():\n    return pathlib.Path(__file__).parent / 'backend.so'\n",
         "polybit_thrower": "def backend():\n    raise OSError('no dummy driver')\n",
         "polybit_unimportable": "raise ImportError('a part is missing')\n",
     }
