@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from ranks import join, run_ranks
 from torch import Tensor, nn
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
@@ -167,6 +165,9 @@ def check_state_dicts(rank: int, folder: Path) -> None:
     layer, wanted = shard(make_model(seed=2))[2].base, make_model()[2].base
     layer.load_state_dict({**wanted.state_dict(), "bias": layer.bias}, strict=True)
     assert torch.equal(distributed.gather(layer.weight).dequantize(), wanted.weight.dequantize())
+    flat = shard(make_model(seed=2))
+    set_model_state_dict(flat, one_process, options=FULL)
+    assert torch.equal(flat(x[rank]), output)
     with torch.device("meta"):
         empty = make_model()
     result = set_model_state_dict(shard(empty), torch.load(folder / "full.pt", weights_only=True), options=FULL)
@@ -190,43 +191,23 @@ def check_one_process(folder: Path) -> None:
     assert torch.equal(model(x[0]), make_model()(x[0]))
 
 
-def main(rank: int, size: int, folder: Path) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store{size}", rank=rank, world_size=size)
+def checks(rank: int, size: int, folder: Path) -> None:
     if size == 1:
         check_one_process(folder)
-    else:
-        for reshard in (True, False):
-            check_training(rank, reshard_after_forward=reshard)
-        check_gather(rank)
-        check_policies(rank)
-        check_state_dicts(rank, folder)
-        check_unaligned(rank)
-    dist.destroy_process_group()
-    print("all checks passed")
-
-
-def start(rank: int, size: int, folder: Path) -> subprocess.Popen[str]:
-    command = [sys.executable, __file__, str(rank), str(size), str(folder)]
-    environment = os.environ | {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    )  # fmt: skip
+        return
+    for reshard in (True, False):
+        check_training(rank, reshard_after_forward=reshard)
+    check_gather(rank)
+    check_policies(rank)
+    check_state_dicts(rank, folder)
+    check_unaligned(rank)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What two processes wrote after their checks passed."""
     path = tmp_path_factory.mktemp("fsdp2")
-    ranks = [start(rank, RANKS, path) for rank in range(RANKS)]
-    outputs = []
-    try:
-        outputs = [process.communicate(timeout=150)[0] for process in ranks]
-    finally:
-        for process in ranks:
-            process.kill()
-    for process, output in zip(ranks, outputs, strict=True):
-        assert process.returncode == 0 and "all checks passed" in output, "\n".join(outputs)
+    run_ranks(__file__, RANKS, path)
     return path
 
 
@@ -249,9 +230,7 @@ def test_the_sharded_checkpoint_loads_into_one_process(folder: Path) -> None:
     fresh, x = make_model(1), inputs()
     fresh.load_state_dict(torch.load(folder / "dcp.pt", weights_only=True), strict=True)
     assert torch.equal(fresh(x), make_model()(x))
-    process = start(0, 1, folder)
-    output = process.communicate(timeout=100)[0]
-    assert process.returncode == 0 and "all checks passed" in output, output
+    run_ranks(__file__, 1, folder)
 
 
 def test_entries_are_found_in_one_process() -> None:
@@ -261,4 +240,4 @@ def test_entries_are_found_in_one_process() -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))
+    join(checks)

@@ -58,7 +58,7 @@ def is_quantized(tensors: Mapping[str, Any], prefix: str) -> bool:
     return any(key != prefix for key in owned_keys(tensors, prefix))
 
 
-def to_tensors(weight: Tensor, prefix: str, *, quant_storage: torch.dtype = torch.uint8) -> dict[str, Tensor]:
+def to_tensors(weight: QTensor, prefix: str, *, quant_storage: torch.dtype = torch.uint8) -> dict[str, Tensor]:
     """The plain tensors of a checkpoint, by key. They share storage with `weight` where they can, the JSON apart.
 
     weight: a QTensor, or a DTensor of QTensors: then P [rows, bytes of a row] and its absmax [rows, blocks of a row]
@@ -66,7 +66,7 @@ def to_tensors(weight: Tensor, prefix: str, *, quant_storage: torch.dtype = torc
     floating or integer (int8 codes are int8, shards uint8; they have no choice). Raises ValueError if it does not
     divide the bytes, if the logical dtype is none that can be recorded, or for a part of a doubly quantized tensor.
     """
-    qtensor, sharded = distributed.local(weight), distributed.is_sharded(weight)
+    qtensor, sharded = distributed.local(weight), distributed.is_distributed(weight)
     format = qtensor.format
     q, absmax = qtensor.q.detach(), qtensor.absmax.detach().view(-1)
     if sharded:

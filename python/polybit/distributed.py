@@ -1,4 +1,4 @@
-"""Quantized weights under FSDP2: a weight that is a DTensor of row shards, each of them a QTensor.
+"""DTensors, and quantized weights under FSDP2: a weight that is a DTensor of row shards, each of them a QTensor.
 
 Bytes and scales are sharded with their rows; codebooks and scales of scales are on every rank. In a state dict the
 sharded tensors are DTensors [rows, bytes of a row] and [rows, blocks of a row], everything else is plain.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -18,17 +18,45 @@ from polybit.qtensor import QTensor, assemble, packed_bytes
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
+__all__ = ["gather"]
+
+AnyTensor = TypeVar("AnyTensor", bound=Tensor)
+
 # torch.distributed.tensor is imported where it is needed: it takes a while, and few programs shard anything.
 
 
-def is_sharded(weight: Tensor) -> bool:
-    """Whether this is a DTensor rather than a tensor of this process alone."""
-    return hasattr(weight, "device_mesh")
+def is_distributed(x: Tensor) -> bool:
+    """Whether x is a DTensor."""
+    return hasattr(x, "device_mesh") and hasattr(x, "to_local")
 
 
-def local(weight: Tensor) -> QTensor:
-    """The QTensor itself, or this rank's shard of a sharded one."""
-    return cast(QTensor, cast("DTensor", weight).to_local() if is_sharded(weight) else weight)
+def is_sharded(x: Tensor) -> bool:
+    """Whether this rank holds only a part of x."""
+    return is_distributed(x) and any(placement.is_shard() for placement in cast("DTensor", x).placements)
+
+
+def local(x: AnyTensor) -> AnyTensor:
+    """The part of a DTensor that lies on this rank; any other tensor itself."""
+    return cast("DTensor", x).to_local() if is_distributed(x) else x  # type: ignore[return-value]
+
+
+def full(x: Tensor) -> Tensor:
+    """The whole of a DTensor of plain tensors, for which all ranks must ask; any other tensor itself."""
+    return cast("DTensor", x).full_tensor() if is_distributed(x) else x
+
+
+def cut_like(whole: AnyTensor, like: Tensor) -> AnyTensor:
+    """What this rank would hold of `whole`, were it distributed as `like`, which has the same shape; a view."""
+    if not is_distributed(like):
+        return whole
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    sharded = cast("DTensor", like)
+    shape, offset = compute_local_shape_and_global_offset(whole.shape, sharded.device_mesh, sharded.placements)
+    for dim, (start, length) in enumerate(zip(offset, shape)):
+        if length != whole.shape[dim]:
+            whole = cast(AnyTensor, whole.narrow(dim, min(start, whole.shape[dim]), length))
+    return whole
 
 
 def _distribute(rows: Tensor, like: DTensor) -> DTensor:
@@ -40,7 +68,7 @@ def _distribute(rows: Tensor, like: DTensor) -> DTensor:
     return DTensor.from_local(rows, like.device_mesh, like.placements, run_check=False, shape=shape, stride=stride)
 
 
-def shards(weight: Tensor) -> tuple[DTensor, DTensor]:
+def shards(weight: QTensor) -> tuple[DTensor, DTensor]:
     """q and absmax of a sharded weight as DTensors of plain rows, sharing storage with it."""
     shard, sharded = local(weight), cast("DTensor", weight)
     rows, row = shard.shape[0], math.prod(shard.shape[1:])
@@ -57,10 +85,10 @@ def shards(weight: Tensor) -> tuple[DTensor, DTensor]:
     return _distribute(q, sharded), _distribute(absmax, sharded)
 
 
-def gather(weight: Tensor) -> QTensor:
-    """The whole of a sharded weight, on every rank. All ranks of its mesh must call it. Others are returned as is."""
-    if not is_sharded(weight):
-        return cast(QTensor, weight)
+def gather(weight: QTensor) -> QTensor:
+    """The whole of a DTensor of QTensors, on every rank: all of its mesh must call it. A QTensor is returned as is."""
+    if not is_distributed(weight):
+        return weight
     shard = local(weight)
     q, absmax = (part.full_tensor().contiguous() for part in shards(weight))
     tables = {name: table.clone() for name, table in shard.tables.items()}
@@ -69,22 +97,20 @@ def gather(weight: Tensor) -> QTensor:
 
 
 def gather_entries(tensors: Mapping[str, Tensor], keys: Iterable[str]) -> dict[str, Tensor]:
-    """Those entries of a state dict as plain tensors; sharded ones are gathered, which all ranks must do together."""
-    entries = {key: tensors[key] for key in keys}
-    return {key: cast("DTensor", t).full_tensor() if is_sharded(t) else t for key, t in entries.items()}
+    """Those entries of a state dict as plain tensors; DTensors are gathered, which all ranks must do together."""
+    return {key: full(tensors[key]) for key in keys}
 
 
-def shard_like(whole: QTensor, weight: Tensor) -> Tensor:
-    """A copy of this rank's rows of `whole`, wrapped as `weight` is."""
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+def shard_like(whole: QTensor, weight: QTensor) -> QTensor:
+    """A copy of this rank's rows of `whole` as a DTensor, if `weight` is one; else `whole` itself."""
+    if not is_distributed(weight):
+        return whole
+    rows = cut_like(whole, weight)
+    shard = rows.new_zeros(rows.shape).copy_(rows)
+    return cast(QTensor, _distribute(shard, cast("DTensor", weight)))
 
-    sharded = cast("DTensor", weight)
-    shape, offset = compute_local_shape_and_global_offset(whole.shape, sharded.device_mesh, sharded.placements)
-    rows = whole.cut(offset[0], offset[0] + shape[0])
-    return _distribute(rows.new_zeros(shape).copy_(rows), sharded)
 
-
-def show_parts(weight: Tensor) -> None:
+def show_parts(weight: QTensor) -> None:
     """Give a sharded weight the attributes by which torch.distributed.checkpoint looks for the owner of each entry.
 
     A QTensor has them itself. That function walks from the module along the key: "weight", "absmax".

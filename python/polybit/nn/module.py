@@ -87,7 +87,7 @@ class QuantizedModule(nn.Module):
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         del destination[prefix + "weight"]
-        if distributed.is_sharded(self.weight):
+        if distributed.is_distributed(self.weight):
             distributed.show_parts(self.weight)
         destination.update(_entries(self.weight, prefix + "weight"))
 
@@ -122,13 +122,13 @@ class QuantizedModule(nn.Module):
                     warnings.warn(f"for {key}: copied to the meta device, a no-op; pass assign=True", stacklevel=2)
                 local(self.weight).copy_(local(loaded))
 
-    def _read(self, tensors: dict[str, Tensor], key: str) -> Tensor:
+    def _read(self, tensors: dict[str, Tensor], key: str) -> QTensor:
         own = local(self.weight)
         loaded = checkpoint.from_tensors(tensors, key, dtype=own.dtype if own.format.kind == "int8" else None)
         if loaded.shape != self.weight.shape:
             raise ValueError(f"load_state_dict: {key} has shape {list(loaded.shape)}, wanted {list(self.weight.shape)}")
         loaded.search = own.search  # not recorded: it says how to quantize again, not how to read
-        mine = distributed.shard_like(loaded, self.weight) if distributed.is_sharded(self.weight) else loaded
+        mine = distributed.shard_like(loaded, self.weight)
         if not own.same_layout(local(mine)):
             raise ValueError(f"load_state_dict: {key} is {_describe(loaded)}, the module is {_describe(own)}")
         return mine

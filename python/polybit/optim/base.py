@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo  # torch.compiler.disable would import all of torch._dynamo with us
 
+from polybit.distributed import local
+from polybit.optim.norms import launches
 from polybit.optim.overrides import SETTINGS, check_settings, settings_of
 from polybit.optim.state import (
     State,
@@ -20,7 +22,6 @@ from polybit.optim.state import (
     fits_8bit,
     has_moments,
     in_memory_order,
-    local,
     moments,
     new_state,
 )
@@ -43,6 +44,7 @@ class Optimizer(torch.optim.Optimizer):
         seed: of that rounding, an integer; the same seed gives the same parameters.
         skip_nonfinite: elements whose gradient is NaN or infinite are left as they are.
         maximize: step along the gradient instead of against it.
+
     A parameter group may have its own of each. Raises ValueError for a value that an option does not have.
 
     Parameters and gradients: fp32, fp16 or bf16, also mixed; states and arithmetic: fp32. A state dict of bitsandbytes
@@ -157,11 +159,14 @@ class Optimizer(torch.optim.Optimizer):
             options = STOCHASTIC * settings["stochastic_rounding"] + SKIP_NONFINITE * settings["skip_nonfinite"]
             key = (param.dtype, param.grad.dtype, local(param).device, bits_of(state), k, state["step"] + 1, options)
             batches[key].append((param, state))
-        for place, (key, batch) in enumerate(batches.items()):
+        place = 0
+        for key, batch in batches.items():
             k, step, options = key[-3:]
             group = self.param_groups[k]
             hyper = self.hyper(group, step)._replace(grad_scale=-scale if group["maximize"] else scale)
-            _launch(rules[k], batch, hyper, options, (group["seed"] * 0x10001 + step) * 0x101 + place)
+            for rule, part, numbers in launches(rules[k], batch, hyper, options):
+                _launch(rule, part, numbers, options, (group["seed"] * 0x10001 + step) * 0x101 + place)
+                place += 1
             for _, state in batch:
                 state["step"] = step
 

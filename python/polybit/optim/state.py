@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from polybit.distributed import cut_like, full, is_distributed, is_sharded, local
 from polybit.optim.paging import paged_zeros
 from polybit.spec import codebooks
 from polybit.spec.blockwise import dequantize_values
@@ -58,27 +59,12 @@ def state_map(second_moment: bool, device: torch.device) -> Tensor:
     return _maps[key]
 
 
-def is_distributed(x: Tensor) -> bool:
-    """Whether x is a DTensor."""
-    return hasattr(x, "placements") and hasattr(x, "to_local")
-
-
-def local(x: Tensor) -> Tensor:
-    """The part of a DTensor that lies on this rank; any other tensor itself."""
-    return x.to_local() if is_distributed(x) else x  # type: ignore[attr-defined]
-
-
-def is_sharded(param: Tensor) -> bool:
-    """Whether this rank holds only a part of it."""
-    return is_distributed(param) and any(placement.is_shard() for placement in param.placements)  # type: ignore[attr-defined]
-
-
 def fits_8bit(param: Tensor) -> bool:
     """Whether blocks of 256 end where shards do: the parameter is cut between rows that are made of whole blocks."""
     if not is_sharded(param):
         return True
     by_rows = all(p.is_replicate() or p.is_shard(dim=0) for p in param.placements)  # type: ignore[attr-defined]
-    return by_rows and param.dim() > 1 and _row(param) % STATE_BLOCK == 0
+    return by_rows and param.dim() > 1 and _row(param) % STATE_BLOCK == 0 and local(param).is_contiguous()
 
 
 def _row(param: Tensor) -> int:
@@ -148,7 +134,9 @@ def _like(param: Tensor, data: Tensor, whole: tuple[int, ...], stacked: bool) ->
 
 def bits_of(state: State) -> int:
     """8 or 32."""
-    return 8 if any(name.startswith("qmap") for name in state) else 32
+    # By the codes themselves: torch.distributed.checkpoint leaves the maps of a target beside what it loads.
+    codes = (x for name, x in state.items() if name.startswith("state") and isinstance(x, Tensor))
+    return 8 if any(x.dtype == torch.uint8 for x in codes) else 32
 
 
 def has_moments(rule: str, state: State) -> bool:
@@ -175,6 +163,8 @@ def copy_state(rule: str, source: State, target: State) -> None:
     for name in ("step", *(part + slot.name for part in parts for slot in slots(rule))):
         if name not in source:
             raise ValueError(f"load_state_dict: {name} is missing")
+    source = _as_distributed(rule, source, target)
+    parts = parts if bits_of(source) == of_source else ("state",)
     ours = [
         moments(rule, target, part) for part in ("state", "absmax", "qmap") if part == "state" or bits_of(target) == 8
     ]
@@ -184,8 +174,8 @@ def copy_state(rule: str, source: State, target: State) -> None:
         if x[0].shape != y[0].shape:
             raise ValueError(f"load_state_dict: a state is {list(x[0].shape)}, wanted {list(y[0].shape)}")
         x = tuple(each.to(y[0].device) for each in x)
-        if len(x) == 3 and x[1].numel() != -(-x[0].numel() // STATE_BLOCK):
-            raise ValueError(f"load_state_dict: {x[1].numel()} scales for a state of {x[0].numel()} elements")
+        if len(x) == 3:
+            _check_scales(x[0], x[1])
         same_order = memory_order(x[0]) == memory_order(y[0])
         if len(x) == len(y) == 3 and same_order and torch.equal(x[2], y[2]):
             y[0].copy_(x[0])
@@ -201,8 +191,47 @@ def copy_state(rule: str, source: State, target: State) -> None:
         y[1].copy_(scales.view(y[1].shape))
 
 
+def _check_scales(codes: Tensor, absmax: Tensor) -> None:
+    if absmax.numel() != -(-codes.numel() // STATE_BLOCK):
+        raise ValueError(f"load_state_dict: {absmax.numel()} scales for a state of {codes.numel()} elements")
+
+
+def _as_distributed(rule: str, source: State, target: State) -> State:
+    """`source` cut as `target` is, if one of them is distributed: all ranks must call it together.
+
+    What does not lie as the target's entries do is gathered first: the state of one process, or of other ranks.
+    """
+    bits = bits_of(source)
+    names = [part + slot.name for part in (("state", "absmax") if bits == 8 else ("state",)) for slot in slots(rule)]
+    if not any(is_distributed(x) for x in (*source.values(), *target.values()) if isinstance(x, Tensor)):
+        return source
+    if bits == bits_of(target) and all(_lie_alike(source[name], target[name]) for name in names):
+        return source
+    whole = {**source, **{name: full(source[name]) for name in names}}
+    if bits == 8 != bits_of(target):
+        for slot in slots(rule):
+            codes, absmax, code = (whole[part + slot.name] for part in ("state", "absmax", "qmap"))
+            values = [_restored(*pair, code) for pair in (zip(codes, absmax) if slot.stacked else [(codes, absmax)])]
+            whole[f"state{slot.name}"] = torch.stack(values) if slot.stacked else values[0]
+    for name in names:
+        if name not in target:
+            continue
+        x, like = whole[name], target[name]
+        if x.numel() != like.numel():
+            raise ValueError(f"load_state_dict: {name} is {list(x.shape)}, wanted {list(like.shape)}")
+        whole[name] = cut_like(x.reshape(like.shape), like)
+    return whole
+
+
+def _lie_alike(x: Tensor, y: Tensor) -> bool:
+    if not (is_distributed(x) and is_distributed(y)):
+        return False
+    return x.shape == y.shape and (x.device_mesh, x.placements) == (y.device_mesh, y.placements)  # type: ignore[attr-defined]
+
+
 def _restored(codes: Tensor, absmax: Tensor, code: Tensor) -> Tensor:
     """The values of an 8-bit state, fp32, in the layout of its codes: blocks follow the memory."""
+    _check_scales(codes, absmax)
     values = torch.empty_like(codes, dtype=torch.float32)
     flat = dequantize_values(in_memory_order(codes, codes), absmax.reshape(-1), code.float(), STATE_BLOCK)
     in_memory_order(values, values).copy_(flat)

@@ -187,12 +187,14 @@ def norm(x: Tensor) -> Tensor:
     return root(tree_sum((x * x).reshape(-1)))
 
 
-def trust_ratio(name: str, p: Tensor, g: Tensor, h: Values, finite: Tensor | None, states: Parts) -> Tensor:
-    """LAMB: |p| / |direction|; LARS: coefficient |p| / (|g| + decay |p|); 1 where a norm is 0."""
+def normed(name: str, p: Tensor, g: Tensor, h: Values, finite: Tensor | None, states: Parts) -> tuple[Tensor, Tensor]:
+    """What LAMB and LARS take the norms of: the parameter, and the direction (LAMB) or the gradient (LARS)."""
     direction = lamb_direction(p, h, *moments(g, h, *states)) if name == "lamb" else g
-    if finite is not None:
-        direction = torch.where(finite, direction, 0.0)
-    of_param, of_direction = norm(p), norm(direction)
+    return p, direction if finite is None else torch.where(finite, direction, 0.0)
+
+
+def trust_ratio(name: str, of_param: Tensor, of_direction: Tensor, h: Values) -> Tensor:
+    """LAMB: |p| / |direction|; LARS: coefficient |p| / (|g| + decay |p|); 1 where a norm is 0."""
     ratio = of_param / of_direction if name == "lamb" else (h.trust * of_param) / (of_direction + h.decay * of_param)
     return torch.where((of_param > 0) & (of_direction > 0), ratio, 1.0)
 
@@ -245,7 +247,8 @@ def step_one(
         g = g + h.coupled_decay * p
     finite = raw.isfinite() if options & SKIP_NONFINITE else None
     if name in ("lamb", "lars"):
-        h = h._replace(trust=trust_ratio(name, p, g, h, finite, states))
+        norms = [norm(x) for x in normed(name, p, g, h, finite, states)]
+        h = h._replace(trust=trust_ratio(name, norms[0], norms[1], h))
     new = rule.step(p, g, h, *states)
     if finite is not None:
         new = tuple(torch.where(finite, after, before) for after, before in zip(new, (p, *states)))
