@@ -46,9 +46,15 @@ def parameter(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) ->
 def set_grad(param: nn.Parameter, seed: int, scale: float | Tensor = 0.1, dtype: torch.dtype | None = None) -> None:
     """A normal gradient of that scale; `dtype` may be another than the parameter's."""
     generator = torch.Generator().manual_seed(1000 + seed)
-    grad = (torch.randn(param.shape, generator=generator) * scale).to(dtype or param.dtype)
-    param.grad_dtype = None
+    assign_grad(param, (torch.randn(param.shape, generator=generator) * scale).to(dtype or param.dtype))
+
+
+def assign_grad(param: nn.Parameter, grad: Tensor) -> None:
+    """param.grad = grad, whatever its dtype: torch compares the two dtypes only when it is assigned."""
+    data = param.data
+    param.data = data.to(grad.dtype)
     param.grad = grad
+    param.data = data
 
 
 def train(optimizer: torch.optim.Optimizer, first: int, last: int) -> None:
