@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import os
 
+# A thread that waits gives its core away at once. By default it keeps it busy for a while, and thousands of tiny
+# products then wait for each other as soon as something else runs on the machine. Read when torch is loaded.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import pytest
 
 from polybit.backends import list_backends
