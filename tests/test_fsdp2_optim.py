@@ -159,6 +159,22 @@ def check_norm_of_a_part_is_not_enough(rank: int) -> None:
         assert not torch.allclose(part, right, rtol=2e-5, atol=2e-6)
 
 
+def check_override() -> None:
+    """By the parameter that there is after sharding; fully_shard forgets what was said of the one before."""
+    model = Model()
+    optim.override(model.down.weight, optim_bits=32)
+    fully_shard(model)
+    optim.override(model.tail.weight, optim_bits=32)
+    optimizer = optim.AdamW8bit(model.parameters())
+    train(model, optimizer, 0, 1)
+    bits = {
+        key: optimizer.state[param]["state1"].to_local().dtype
+        for key, param in model.named_parameters()
+        if param.requires_grad
+    }
+    assert bits["tail.weight"] == torch.float32 and bits["down.weight"] == torch.uint8
+
+
 def save(name: str, folder: Path, size: int) -> None:
     model, optimizer = make(name, sharded=True)
     train(model, optimizer, 0, 3)
@@ -233,6 +249,7 @@ def checks(rank: int, size: int, folder: Path) -> None:
     if not (folder / "AdamW-1").exists():
         check_steps(rank, size)
         check_norm_of_a_part_is_not_enough(rank)
+        check_override()
         for name in ("AdamW", "AdamW8bit", "AdEMAMix8bit", "LAMB8bit"):
             check_loading_the_state_of_one_process(name, rank)
         for name in OPTIMIZERS:

@@ -517,3 +517,38 @@ def test_a_format_of_the_user_from_end_to_end(levels: int) -> None:
     buffer.seek(0)
     with pytest.raises(ValueError, match=f"unknown format '{name}'"):
         torch.load(buffer, weights_only=True).dequantize()
+
+
+@pytest.mark.parametrize("double_quant", [False, True])
+@pytest.mark.parametrize("format", ["nf4", "nf3", "dynamic8", "int8"])
+def test_meta_has_the_layout_of_the_real_thing(format: str, double_quant: bool) -> None:
+    steps = {
+        "rows": lambda w: w[3:7],
+        "row": lambda w: w[5],
+        "split": lambda w: w.split(7),
+        "view": lambda w: w.view(2, 12, 256),
+        "cast": lambda w: w.half(),
+        "clone": lambda w: w.clone(),
+        "zeros": lambda w: w.new_zeros(5, 256),
+        "empty": lambda w: torch.empty_like(w),
+        "cat": lambda w: torch.cat([w[:4], w[4:9]]),
+        "deepcopy": copy.deepcopy,
+        "in place": lambda w: w.clone().add_(1),
+        "item": lambda w: w.clone().__setitem__(2, 1.0) or w,
+        "value": lambda w: w.dequantize(),
+        "linear": lambda w: F.linear(torch.empty(3, 256, device=w.device), w),
+        "embedding": lambda w: F.embedding(torch.empty(3, dtype=torch.int64, device=w.device).zero_(), w),
+    }
+
+    def layout(x: object) -> object:
+        if isinstance(x, QTensor):
+            return x.shape, x.dtype, x.form, {name: layout(inner) for name, inner in x.inner_tensors().items()}
+        if isinstance(x, Tensor):
+            return type(x), x.shape, x.dtype, x.stride()
+        return [layout(part) for part in x]
+
+    real = quantize(weight(24, 256), format, block_size=16, double_quant=double_quant)
+    metas = [real.to("meta"), quantize(weight(24, 256).to("meta"), format, block_size=16, double_quant=double_quant)]
+    for name, step in steps.items():
+        for meta in metas:
+            assert layout(step(meta)) == layout(step(real)), name
