@@ -21,7 +21,7 @@ from polybit.qtensor import QTensor, quantize
 
 KBIT = [name for name in list_formats() if get_format(name).kind == "kbit"]
 # torch says this of the decompositions that it loads for its own forward mode.
-forward_mode = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+forward_mode = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
 
 Product = Callable[[Tensor, "Tensor | None"], Tensor]
 
