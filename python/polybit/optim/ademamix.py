@@ -19,6 +19,8 @@ class AdEMAMix(Optimizer):
     section 3 of the paper; None: at once. Further keyword arguments: see Optimizer.
     """
 
+    _betas_wanted = 3
+
     def __init__(
         self,
         params: Iterable[Any],

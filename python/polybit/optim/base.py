@@ -54,6 +54,7 @@ class Optimizer(torch.optim.Optimizer):
 
     _bits: ClassVar[int] = 32
     _paged: ClassVar[bool] = False
+    _betas_wanted: ClassVar[int] = 2
     # The options that bitsandbytes keeps as `betas`, in a rule without any.
     _betas: ClassVar[tuple[str, ...]] = ()
     # torch.amp.GradScaler then leaves the division by its scale, and the skipping of a step, to step().
@@ -99,8 +100,10 @@ class Optimizer(torch.optim.Optimizer):
         check_settings(owner, group)
         if not isinstance(group["seed"], int):
             raise ValueError(f"{owner}: seed must be an integer, got {group['seed']!r}")
+        if "betas" in self.defaults and len(group["betas"]) != self._betas_wanted:
+            raise ValueError(f"{owner}: betas must be {self._betas_wanted} numbers, got {group['betas']}")
         for name in group.keys() & self.defaults.keys() - {*SETTINGS, "seed", "maximize"}:
-            _check_number(owner, name, group[name], self.defaults[name])
+            _check_number(owner, name, group[name])
 
     def rule(self, group: dict[str, Any]) -> str:
         """The name of the update rule, a key of polybit.spec.optim.RULES, that the options of a group ask for."""
@@ -223,11 +226,9 @@ class Optimizer(torch.optim.Optimizer):
         return {**ours, **theirs}
 
 
-def _check_number(owner: str, name: str, value: Any, default: Any) -> None:
-    """Numbers are 0 or more, and as many as the default has; betas, below 1."""
+def _check_number(owner: str, name: str, value: Any) -> None:
+    """Numbers are 0 or more; betas, below 1."""
     values = value if isinstance(value, (tuple, list)) else [value]
-    if isinstance(default, (tuple, list)) and len(values) != len(default):
-        raise ValueError(f"{owner}: {name} must be {len(default)} numbers, got {value}")
     if any(isinstance(number, (int, float, Tensor)) and not number >= 0 for number in values):
         raise ValueError(f"{owner}: {name} must be 0 or more, got {value}")
     if name == "betas" and not all(0 <= beta < 1 for beta in values):

@@ -47,6 +47,12 @@ def slots(rule: str) -> tuple[Slot, ...]:
     return tuple(Slot(names[k], False, k == second) for k in range(RULES[rule].states))
 
 
+@cache
+def needs(rule: str) -> frozenset[str]:
+    """What a state must have for a step of the rule."""
+    return frozenset({"step", *(f"state{slot.name}" for slot in slots(rule))})
+
+
 _maps: dict[tuple[bool, torch.device], Tensor] = {}
 
 
@@ -82,8 +88,8 @@ def is_permuted(x: Tensor) -> bool:
 
 
 def in_memory_order(x: Tensor, like: Tensor) -> Tensor:
-    """The elements of x, flat, in the order in which those of `like` lie in memory; a copy where x's lie otherwise."""
-    return (x.permute(memory_order(like)) if is_permuted(like) else x).reshape(-1)
+    """x as a contiguous tensor, in the order in which the elements of `like` lie in memory; a copy where x's do not."""
+    return (x.permute(memory_order(like)) if is_permuted(like) else x).contiguous()
 
 
 def new_state(rule: str, param: Tensor, *, bits: int, paged: bool, folder: str | Path | None) -> State:
@@ -135,13 +141,12 @@ def _like(param: Tensor, data: Tensor, whole: tuple[int, ...], stacked: bool) ->
 def bits_of(state: State) -> int:
     """8 or 32."""
     # By the codes themselves: torch.distributed.checkpoint leaves the maps of a target beside what it loads.
-    codes = (x for name, x in state.items() if name.startswith("state") and isinstance(x, Tensor))
-    return 8 if any(x.dtype == torch.uint8 for x in codes) else 32
+    return 8 if isinstance(x := state.get("state1"), Tensor) and x.dtype == torch.uint8 else 32
 
 
 def has_moments(rule: str, state: State) -> bool:
     """Whether a state has the moments that the rule needs; before the first step it does not."""
-    return "step" in state and all(f"state{slot.name}" in state for slot in slots(rule))
+    return needs(rule) <= state.keys()
 
 
 def moments(rule: str, state: State, part: str) -> list[Tensor]:
@@ -187,7 +192,7 @@ def copy_state(rule: str, source: State, target: State) -> None:
             continue
         flat = in_memory_order(values, y[0])
         codes, scales = quantize_state(flat.float(), y[2], RULES[rule].second_moment == k)
-        in_memory_order(y[0], y[0]).copy_(codes)
+        in_memory_order(y[0], y[0]).copy_(codes.view_as(flat))
         y[1].copy_(scales.view(y[1].shape))
 
 
