@@ -176,6 +176,17 @@ def check_state_dicts(rank: int, folder: Path) -> None:
     check_shards(empty, rank)
 
 
+def check_meta(rank: int, folder: Path) -> None:
+    """A model that is sharded before it has memory, filled from a sharded checkpoint."""
+    with torch.device("meta"):
+        model = make_model()
+    shard(model).to_empty(device="cpu")
+    state = get_model_state_dict(model)
+    dcp.load(state, checkpoint_id=folder / "dcp")
+    set_model_state_dict(model, state)
+    assert torch.equal(model(inputs()[rank]), make_model()(inputs()[rank]))
+
+
 def check_unaligned(rank: int) -> None:
     with pytest.raises(ValueError, match="cut inside a block.*choose a block size that divides the row"):
         fully_shard(Linear4bit(96, 64), mesh=init_device_mesh("cpu", (RANKS,)))
@@ -200,6 +211,7 @@ def checks(rank: int, size: int, folder: Path) -> None:
     check_gather(rank)
     check_policies(rank)
     check_state_dicts(rank, folder)
+    check_meta(rank, folder)
     check_unaligned(rank)
 
 
