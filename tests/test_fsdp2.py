@@ -1,4 +1,4 @@
-"""FSDP2 with two gloo processes: adapters over sharded quantized layers do what one process does."""
+"""FSDP2 and DDP with two gloo processes: adapters over quantized layers do what one process does."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 
 from polybit import distributed
 from polybit.nn import Linear4bit, Linear8bit, LinearKbit
@@ -187,6 +188,31 @@ def check_meta(rank: int, folder: Path) -> None:
     assert torch.equal(model(inputs()[rank]), make_model()(inputs()[rank]))
 
 
+def check_replicas(rank: int) -> None:
+    """DistributedDataParallel copies the parameters of rank 0 to all, bytes and all; gradients are their mean."""
+    reference, model, x = make_model(), make_model(), inputs()
+    parallel = DistributedDataParallel(model)
+    assert all(torch.equal(entry, reference.state_dict()[key]) for key, entry in model.state_dict().items())
+    output = parallel(x[rank])
+    assert torch.equal(output, reference(x[rank]))
+    output.square().mean().backward()
+    torch.stack([reference(part).square().mean() for part in x]).mean().backward()
+    for (name, parameter), wanted in zip(model.named_parameters(), reference.parameters(), strict=True):
+        assert (parameter.grad is None) == (wanted.grad is None), name
+        if parameter.grad is not None:
+            torch.testing.assert_close(parameter.grad, wanted.grad, rtol=1e-5, atol=1e-7)
+
+
+def check_collectives(rank: int) -> None:
+    x = torch.randn(2, 8, 64, generator=torch.Generator().manual_seed(4))
+    for format in ("nf4", "nf3", "dynamic8", "int8"):
+        weight, wanted = quantize(x[rank], format), quantize(x[1], format)
+        dist.broadcast(weight, 1)
+        assert all(torch.equal(inner, getattr(wanted, name)) for name, inner in weight.inner_tensors().items())
+        with pytest.raises(NotImplementedError, match="use a collective on its inner_tensors"):
+            dist.all_reduce(weight)
+
+
 def check_unaligned(rank: int) -> None:
     with pytest.raises(ValueError, match="cut inside a block.*choose a block size that divides the row"):
         fully_shard(Linear4bit(96, 64), mesh=init_device_mesh("cpu", (RANKS,)))
@@ -212,6 +238,8 @@ def checks(rank: int, size: int, folder: Path) -> None:
     check_policies(rank)
     check_state_dicts(rank, folder)
     check_meta(rank, folder)
+    check_replicas(rank)
+    check_collectives(rank)
     check_unaligned(rank)
 
 

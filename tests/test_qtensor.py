@@ -160,6 +160,17 @@ def test_copy_of_the_same_layout_copies_bytes() -> None:
     assert same_bytes(source, target) and source.q.data_ptr() != target.q.data_ptr()
 
 
+@pytest.mark.parametrize("double_quant", [False, True])
+@pytest.mark.parametrize("format", FORMATS)
+def test_copy_of_its_own_value_changes_nothing(format: str, double_quant: bool) -> None:
+    q = quantize(weight(8, 64), format, double_quant=double_quant)
+    before = q.clone()
+    q.copy_(q.dequantize())
+    assert same_bytes(q, before)
+    q.copy_(-q.dequantize())
+    assert same_bytes(q, quantize(-before.dequantize(), format, double_quant=double_quant))
+
+
 def test_detach_aliases_and_clone_does_not() -> None:
     q = quantize(weight(8, 64), "fp4")
     assert isinstance(q.detach(), QTensor) and q.detach().q.data_ptr() == q.q.data_ptr()

@@ -377,6 +377,8 @@ def _dispatch(func: Any, args: Any, kwargs: Any) -> Any:
 
 def _on_values(func: Any, args: Any, kwargs: Any) -> Any:
     """Run `func` on restored values; quantize what it wrote to back into the tensors it was given."""
+    if func.namespace == "c10d":  # these write without saying so
+        raise NotImplementedError(f"QTensor: {func} is not supported; use a collective on its inner_tensors()")
     written: list[tuple[QTensor, Tensor]] = []
     names = [argument.name for argument in func._schema.arguments]
     writes = {a.name for a in func._schema.arguments if a.alias_info is not None and a.alias_info.is_write}

@@ -91,7 +91,9 @@ def _fill_like(func: Any, args: Any, kwargs: Any) -> Any:
 def _copy(func: Any, args: Any, kwargs: Any) -> Any:
     target, source = args[0], args[1]
     if not target.same_layout(source):
-        return NotImplemented
+        # Its own value would not always quantize to the same bytes; DistributedDataParallel copies that to every rank.
+        same = type(source) is Tensor and type(target.q) is Tensor and not target.is_meta and not source.is_meta
+        return target if same and _has_value(target, source) else NotImplemented
     if not target.double_quant or (target.is_whole and source.is_whole):
         target.assign(source)
     elif target.block_offset is None:
@@ -104,6 +106,10 @@ def _copy(func: Any, args: Any, kwargs: Any) -> Any:
     else:
         return NotImplemented
     return target
+
+
+def _has_value(weight: QTensor, x: Tensor) -> bool:
+    return weight.shape == x.shape and torch.equal(weight.dequantize(), x.to(weight.device, weight.dtype))
 
 
 def _same_tables(a: QTensor, b: QTensor) -> bool:
@@ -214,6 +220,18 @@ def _cat(func: Any, args: Any, kwargs: Any) -> Any:
     return assemble(q, absmax, **tables, shape=shape, dtype=first.dtype, **layout)
 
 
+def _broadcast(func: Any, args: Any, kwargs: Any) -> Any:
+    """c10d.broadcast_: the stored parts. The last of the works is handed on, so the others are waited for here."""
+    from torch._C._distributed_c10d import Work
+
+    tensors, *rest = args
+    parts = [p for t in tensors for p in (t.inner_tensors().values() if isinstance(t, QTensor) else [t])]
+    works = [func([part], *rest, **kwargs)[1] for part in parts]
+    for work in works[:-1]:
+        Work.unbox(work).wait()
+    return tensors, works[-1]
+
+
 def _set_data(target: QTensor, value: Tensor) -> Any:
     """`weight.data = value`: `value` itself if it is quantized, else quantized as the weight is; no copy into it."""
     if not isinstance(value, QTensor):
@@ -288,3 +306,6 @@ ATEN_FUNCTIONS |= {
         _fill_like,
     ),
 }
+
+if torch.distributed.is_available():
+    ATEN_FUNCTIONS[torch.ops.c10d.broadcast_.default] = _broadcast
