@@ -141,7 +141,7 @@ def check_machine(row: Row) -> None:
 def run(command: list[str], log: Path, env: dict[str, str] | None = None) -> str:
     """Run a command from the root, add what it prints to the log (under CI to stdout, too), and return it."""
     lines = []
-    with log.open("a", encoding="utf-8") as file:
+    with log.open("a", buffering=1, encoding="utf-8") as file:
         print("$", *command, file=file, flush=True)
         with subprocess.Popen(
             command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
