@@ -379,7 +379,7 @@ def step(make, param):
         assert size < 1e6 or rise < 0.1 * size, (optimizer, rise, size)
 
 for make in (optim.AdamW, optim.AdamW8bit, optim.LAMB8bit, lambda params: optim.SGD(params, momentum=0.9)):
-    for numel in (5_000, 24_000_000):  # the small one takes what the first step of all needs
+    for numel in (5_000, 12_000_000):  # the small one takes what the first step of all needs
         for dtype in (torch.float32, torch.bfloat16):
             step(make, torch.nn.Parameter(torch.ones(numel, dtype=dtype)))
 """
