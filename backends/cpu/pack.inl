@@ -25,6 +25,14 @@ inline void copy_bytes(pb_context *ctx, uint8_t *to, const uint8_t *from, int64_
   });
 }
 
+// The bytes of a packed weight may begin at any address.
+inline uint32_t read_word(const uint8_t *p, int64_t place) {
+  uint32_t word;
+  __builtin_memcpy(&word, p + 4 * place, 4);
+  return word;
+}
+inline void write_word(uint8_t *p, int64_t place, uint32_t word) { __builtin_memcpy(p + 4 * place, &word, 4); }
+
 // A word holds four bytes of q, each with the first element in its high nibble.
 inline uint32_t swap_nibbles(uint32_t word) { return (word >> 4 & 0x0f0f0f0fu) | (word & 0x0f0f0f0fu) << 4; }
 
@@ -34,14 +42,13 @@ pb_status pack_kbit(pb_context *ctx, const pb_pack_kbit_args *a) {
     copy_bytes(ctx, data<uint8_t>(a->packed), q, numel(a->q));
     return PB_OK;
   }
-  uint32_t *packed = data<uint32_t>(a->packed);
+  uint8_t *packed = data<uint8_t>(a->packed);
   const int64_t words = a->k / word_elements;
   parallel(ctx, ceil_div(a->n, tile_rows), grain_of(tile_rows * a->k), [&](int64_t begin, int64_t end) {
     for (int64_t row = begin * tile_rows; row < end * tile_rows; row++)
       for (int64_t w = 0; w < words; w++) {
-        uint32_t word = 0;
-        if (row < a->n) __builtin_memcpy(&word, q + (row * words + w) * 4, 4);
-        packed[word_place(row, w, a->k)] = swap_nibbles(word);
+        const uint32_t word = row < a->n ? read_word(q, row * words + w) : 0;
+        write_word(packed, word_place(row, w, a->k), swap_nibbles(word));
       }
   });
   return PB_OK;
@@ -53,14 +60,12 @@ pb_status unpack_kbit(pb_context *ctx, const pb_unpack_kbit_args *a) {
     copy_bytes(ctx, q, data<const uint8_t>(a->packed), numel(a->q));
     return PB_OK;
   }
-  const uint32_t *packed = data<const uint32_t>(a->packed);
+  const uint8_t *packed = data<const uint8_t>(a->packed);
   const int64_t words = a->k / word_elements;
   parallel(ctx, a->n, grain_of(a->k), [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; row++)
-      for (int64_t w = 0; w < words; w++) {
-        const uint32_t word = swap_nibbles(packed[word_place(row, w, a->k)]);
-        __builtin_memcpy(q + (row * words + w) * 4, &word, 4);
-      }
+      for (int64_t w = 0; w < words; w++)
+        write_word(q, row * words + w, swap_nibbles(read_word(packed, word_place(row, w, a->k))));
   });
   return PB_OK;
 }

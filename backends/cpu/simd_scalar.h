@@ -42,7 +42,12 @@ inline void store(float *p, F a) { *p = a; }
 // stream...: store past the caches. p is aligned to the vector stored, and a fence() follows the last one.
 inline void stream(float *p, F a) { *p = a; }
 inline void fence() {}
-inline I load_i(const int32_t *p) { return *p; }
+// The address need not be a multiple of 4: the words of a packed weight are read so.
+inline I load_i(const int32_t *p) {
+  I r;
+  __builtin_memcpy(&r, p, 4);
+  return r;
+}
 inline void store_i(int32_t *p, I a) { *p = a; }
 inline I load_u8(const uint8_t *p) { return *p; }
 inline I load_s8(const int8_t *p) { return *p; }
