@@ -14,7 +14,7 @@ from polybit.testing import check, compare
 
 BACKENDS = [info.name for info in list_backends() if info.usable and info.device_type == "cpu"]
 # Variants whose table is whole; the others hold what they do better and inherit the rest.
-WHOLE = ("cpu:scalar", "cpu:avx2", "cpu:avx512")
+WHOLE = ("cpu:scalar", "cpu:avx2", "cpu:avx512", "cpu:neon")
 # The layout of a packed weight is a variant's own affair; to have none is allowed.
 OPTIONAL = ("pack_size_kbit", "pack_kbit", "unpack_kbit")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import subprocess
 from pathlib import Path
 
@@ -16,9 +17,9 @@ FORBIDDEN = ("Py", "_Py", "GOMP_", "omp_", "__kmpc", "_ZN2at", "_ZN3c10", "_ZN5t
 SYSTEM_LIBRARIES = ("libc.so", "libm.so", "libstdc++.so", "libgcc_s.so", "ld-linux", "libpthread.so", "libdl.so")
 
 
-def symbols(path: Path, *flags: str) -> list[tuple[str, str]]:
+def symbols(path: Path, *flags: str, nm: str = "nm") -> list[tuple[str, str]]:
     """(letter, name) by nm."""
-    lines = subprocess.run([require_tool("nm"), *flags, str(path)], check=True, capture_output=True, text=True).stdout
+    lines = subprocess.run([require_tool(nm), *flags, str(path)], check=True, capture_output=True, text=True).stdout
     rows = [line.split() for line in lines.splitlines() if line.strip()]
     return [(row[-2], row[-1]) for row in rows if len(row) >= 2]
 
@@ -60,24 +61,47 @@ def test_the_cpu_library_has_no_weak_definition() -> None:
     assert [name for name in own if not name.startswith(("_ZNSt", "_ZNKSt", "_ZSt", "_ZTISt", "_ZTSSt"))] == []
 
 
-@pytest.mark.parametrize("isa", ["scalar", "avx2", "avx512", "avx512_vnni", "avx512_bf16"])
+BASE = ("-mavx2", "-mfma", "-mf16c")
+WIDE = (*BASE, "-mavx512f", "-mavx512bw", "-mavx512vl")
+# What each isa file is compiled with, as backends/cpu/CMakeLists.txt has it, and for which processors.
+ISAS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "scalar": ("", ()),
+    "avx2": ("x86_64", BASE),
+    "avx512": ("x86_64", WIDE),
+    "avx512_vnni": ("x86_64", (*WIDE, "-mavx512vnni")),
+    "avx512_bf16": ("x86_64", (*WIDE, "-mavx512vnni", "-mavx512bf16")),
+    "neon": ("aarch64", ()),
+    "neon_dotprod": ("aarch64", ("-march=armv8.2-a+dotprod",)),
+}
+
+
+def toolchain(processor: str) -> tuple[str, str]:
+    """(C++ compiler, nm) for the processor; "" is this machine's."""
+    here = {"AMD64": "x86_64", "arm64": "aarch64"}.get(platform.machine(), platform.machine())
+    if processor in ("", here):
+        return require_tool("c++", "g++", "clang++"), require_tool("nm")
+    if processor == "x86_64":
+        pytest.skip("needs an x86-64 compiler target")
+    return require_tool(f"{processor}-linux-gnu-g++"), require_tool(f"{processor}-linux-gnu-nm")
+
+
+@pytest.mark.parametrize("isa", ISAS)
 def test_an_instruction_set_file_defines_its_table_only(isa: str, tmp_path: Path) -> None:
     """Compiled alone from the source tree: one global symbol, nothing weak, nothing of std."""
     root = Path(__file__).parent.parent
-    source = root / "backends" / "cpu" / f"isa_{isa}.cpp"
-    base = ["-mavx2", "-mfma", "-mf16c"]
-    wide = [*base, "-mavx512f", "-mavx512bw", "-mavx512vl"]
-    flags = {"scalar": [], "avx2": base, "avx512": wide, "avx512_vnni": [*wide, "-mavx512vnni"]}.get(
-        isa, [*wide, "-mavx512vnni", "-mavx512bf16"]
-    )
-    machine = subprocess.run(["uname", "-m"], check=True, capture_output=True, text=True).stdout.strip()
-    if machine not in ("x86_64", "AMD64") and isa != "scalar":
-        pytest.skip("needs an x86-64 compiler target")
+    processor, flags = ISAS[isa]
+    compiler, nm = toolchain(processor)
     compiled = tmp_path / f"{isa}.o"
     includes = [f"-I{PACKAGE / 'include'}", f"-I{root / 'core'}", f"-I{root}"]
-    command = [require_tool("c++", "g++", "clang++"), "-std=c++17", "-O1", "-fPIC", *flags, *includes, "-c"]
-    subprocess.run([*command, str(source), "-o", str(compiled)], check=True)
-    defined = symbols(compiled, "--defined-only", "--extern-only")
+    source = root / "backends" / "cpu" / f"isa_{isa}.cpp"
+    command = [compiler, "-std=c++17", "-O1", "-fPIC", *flags, *includes, "-c", str(source), "-o", str(compiled)]
+    subprocess.run(command, check=True)
+    defined = symbols(compiled, "--defined-only", "--extern-only", nm=nm)
     assert [name for _, name in defined] == [f"pb_cpu_{isa}"]
-    needed = [name for _, name in symbols(compiled, "--undefined-only")]
+    needed = [name for _, name in symbols(compiled, "--undefined-only", nm=nm)]
     assert [name for name in needed if name.startswith("_Z")] == [], "calls C++ code outside its own file"
+
+
+def test_every_instruction_set_file_is_looked_at() -> None:
+    folder = Path(__file__).parent.parent / "backends" / "cpu"
+    assert {path.stem.removeprefix("isa_") for path in folder.glob("isa_*.cpp")} == set(ISAS)

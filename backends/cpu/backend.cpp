@@ -9,6 +9,16 @@
 #else
 #define PB_CPU_X86 0
 #endif
+#if defined(__aarch64__)
+#define PB_CPU_ARM 1
+#if defined(__linux__)
+#include <sys/auxv.h>
+#elif defined(__APPLE__)
+#include <sys/sysctl.h>
+#endif
+#else
+#define PB_CPU_ARM 0
+#endif
 
 namespace {
 
@@ -70,6 +80,21 @@ int64_t need(const Feature (&features)[N], char *error, uint64_t error_size) {
   return complete;
 }
 
+#elif PB_CPU_ARM
+
+// NEON is part of every 64-bit ARM that runs an operating system: what calls this was compiled with it.
+bool has_dotprod() {
+#if defined(__linux__)
+  return getauxval(AT_HWCAP) >> 20 & 1;  // HWCAP_ASIMDDP
+#elif defined(__APPLE__)
+  int value = 0;
+  size_t size = sizeof value;
+  return sysctlbyname("hw.optional.arm.FEAT_DotProd", &value, &size, nullptr, 0) == 0 && value;
+#else
+  return false;
+#endif
+}
+
 #endif
 
 }  // namespace
@@ -97,12 +122,25 @@ int64_t pb_cpu_probe_avx512_bf16(char *error, uint64_t error_size) {
               error_size);
 }
 
+#elif PB_CPU_ARM
+
+int64_t pb_cpu_probe_neon(char *, uint64_t) { return 1; }
+
+int64_t pb_cpu_probe_neon_dotprod(char *error, uint64_t error_size) {
+  if (has_dotprod()) return 1;
+  if (error) std::snprintf(error, error_size, "this processor lacks DotProd");
+  return 0;
+}
+
 #endif
 
 PB_EXPORT const pb_backend *polybit_backend(uint64_t index) {
   static const pb_backend *const backends[] = {
 #if PB_CPU_X86
       &pb_cpu_avx512_bf16, &pb_cpu_avx512_vnni, &pb_cpu_avx512, &pb_cpu_avx2,
+#elif PB_CPU_ARM
+      &pb_cpu_neon_dotprod,
+      &pb_cpu_neon,
 #endif
       &pb_cpu_scalar,
   };
