@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 # A thread that waits gives its core away at once. By default it keeps it busy for a while, and thousands of tiny
 # products then wait for each other as soon as something else runs on the machine. Read when torch is loaded.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import pytest
+from conformance.samples import write
 
 from polybit.backends import list_backends
 
@@ -28,3 +30,19 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def in_ci() -> bool:
     """Under CI=true what is missing is a failure."""
     return os.environ.get("CI") == "true"
+
+
+@pytest.fixture(
+    scope="session", params=[5, pytest.param(1, marks=pytest.mark.slow)], ids=["every_fifth_sample", "every_sample"]
+)
+def samples(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, int]]:
+    """Samples of every op for the conformance program, and how many of each there are."""
+    path = tmp_path_factory.mktemp("samples") / "samples"
+    return path, write(path, every=request.param)
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int]:
+    """The samples of matmul_int8 alone, for the backend with deliberate faults, and how many there are."""
+    path = tmp_path_factory.mktemp("small") / "samples"
+    return path, write(path, ["matmul_int8"])["matmul_int8"]

@@ -135,9 +135,10 @@ def test_environment_variables_exist() -> None:
     files = [path for folder in ("python/polybit", "core", "backends") for path in (ROOT / folder).rglob("*")]
     sources = [path.read_text(encoding="utf-8") for path in files if path.suffix in (".py", ".cpp", ".h")]
     variables = {name for text in sources for name in reads.findall(text)}
-    cmake = re.search(r"foreach\(family (.*)\)", (ROOT / "CMakeLists.txt").read_text(encoding="utf-8"))
+    text = (ROOT / "CMakeLists.txt").read_text(encoding="utf-8")
+    cmake = re.search(r"foreach\(family (.*)\)", text)
     assert cmake is not None and "POLYBIT_BACKEND" in variables
-    options = {f"POLYBIT_{family}" for family in cmake[1].split()}
+    options = {f"POLYBIT_{family}" for family in cmake[1].split()} | set(re.findall(r"^option\((\w+)", text, re.M))
     named = {page: re.findall(r"\bPOLYBIT_[A-Z]\w*", text) for page, text in TEXTS.items()}
     known = variables | options
     assert not unknown({page: [name for name in names if name not in known] for page, names in named.items()})

@@ -49,6 +49,7 @@ def test_sdist(built: tuple[Path, Path]) -> None:
     with tarfile.open(built[0]) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     wanted = {"LICENSE", "README.md", "CMakeLists.txt", "pyproject.toml", "core/ops.def", "core/polybit.h"}
+    wanted |= {"CMakePresets.json", "cmake/aarch64-linux-gnu.cmake", "tests/conformance/CMakeLists.txt"}
     assert wanted <= names
     assert not [name for name in names if name.startswith((".venv", "build/", "report/")) or name.endswith(".so")]
 
