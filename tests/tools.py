@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
@@ -19,16 +20,20 @@ INCLUDE = PACKAGE / "include"
 LIB = PACKAGE / "lib"
 
 
+def missing(what: str) -> NoReturn:
+    """Skip the test, or fail it where CI=true."""
+    if os.environ.get("CI") == "true":
+        pytest.fail(what)
+    pytest.skip(what)
+
+
 def require_tool(*names: str) -> str:
     """The path of the first tool that exists; without one the test is skipped, or fails where CI=true."""
     for name in names:
         path = shutil.which(name)
         if path:
             return path
-    message = f"needs one of: {', '.join(names)}"
-    if os.environ.get("CI") == "true":
-        pytest.fail(message)
-    pytest.skip(message)
+    missing(f"needs one of: {', '.join(names)}")
 
 
 def cpu_variants() -> list[str]:

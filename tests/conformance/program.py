@@ -29,17 +29,22 @@ class Build:
         """The backend with deliberate faults."""
         return self.folder / "tests" / "conformance" / "libfaulty.so"
 
+    @property
+    def program(self) -> Path:
+        """The conformance program."""
+        return self.folder / "tests" / "conformance" / "conformance"
+
     def run(self, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
         """The conformance program with these arguments."""
-        program = self.folder / "tests" / "conformance" / "conformance"
-        command = [*self.launcher, str(program), *map(str, arguments)]
+        command = [*self.launcher, str(self.program), *map(str, arguments)]
         return subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
 
 
-def build(preset: str, folder: Path, launcher: tuple[str, ...] = ()) -> Build:
-    """Configure and build a preset outside the source tree."""
+def build(preset: str, folder: Path, launcher: tuple[str, ...] = (), *, flags: str = "") -> Build:
+    """Configure a preset, with more compiler flags, and build its targets outside the source tree."""
     cmake, ninja = require_tool("cmake"), require_tool("ninja")
     configure = [cmake, "--preset", preset, "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}", "-B", str(folder)]
+    configure += [f"-DCMAKE_CXX_FLAGS={flags}"] if flags else []
     for command in (configure, [cmake, "--build", str(folder)]):
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900, check=False)
         assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout}\n{done.stderr}"
