@@ -10,11 +10,12 @@ SOURCES := CMakeLists.txt pyproject.toml $(wildcard README.md) $(shell find core
 # The budget plugin prints seconds against tests/budget.toml.
 PYTEST := PATH="$(CURDIR)/$(BIN):$$PATH" PYTHONPATH=tests $(BIN)/python -m pytest -p budget
 
-.PHONY: help demo qlora test test-all lint format bench docs matrix clean
+.PHONY: help demo qlora qlora-long test test-all lint format bench docs matrix clean
 
 help:
 	@echo "make demo      quantize a real model, evaluate it, write a report"
 	@echo "make qlora     train a small decoder, quantize it, train adapters through its 4-bit weights"
+	@echo "make qlora-long  the same on 60 MB of text, 90 minutes and more (Debian)"
 	@echo "make test      the tests without the slow ones"
 	@echo "make test-all  all tests"
 	@echo "make lint      ruff, mypy, clang-format, typos, actionlint"
@@ -56,6 +57,16 @@ demo: $(VENV)/package $(VENV)/tools
 qlora: $(VENV)/package $(VENV)/tools
 	POLYBIT_FALLBACK=error $(BIN)/python examples/qlora_cpu.py
 
+qlora-long: $(VENV)/package $(VENV)/tools build/documentation
+	POLYBIT_FALLBACK=error $(BIN)/python examples/qlora_cpu.py --text build/documentation --minutes 90 --hidden 384 \
+	  --layers 6 --bf16 --checkpoint build/qlora.safetensors
+
+# Three manuals from Debian 12's archive, 60 MB of text; nothing is installed.
+build/documentation:
+	mkdir -p $@.part && cd $@.part && apt-get download -q python3.11-doc git-doc linux-doc-6.1 && \
+	  for package in *.deb; do dpkg-deb --extract $$package .; done && rm *.deb
+	mv $@.part $@
+
 test: $(VENV)/package $(VENV)/tools $(VENV)/nvcc
 	$(PYTEST) -m "not slow"
 
@@ -76,6 +87,7 @@ bench: $(VENV)/package $(VENV)/tools
 	POLYBIT_FALLBACK=error $(BIN)/python benchmarks/ops.py
 	POLYBIT_FALLBACK=error $(BIN)/python benchmarks/openmp.py
 	POLYBIT_FALLBACK=error $(BIN)/python benchmarks/optim.py
+	POLYBIT_FALLBACK=error $(BIN)/python benchmarks/optim.py --only AdamW8bit --numel 1e8 --rounds 1
 
 docs: $(VENV)/package $(VENV)/tools
 	$(BIN)/python -m sphinx -W --keep-going -q docs build/docs

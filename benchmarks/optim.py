@@ -52,9 +52,9 @@ def peers(name: str, suffix: str) -> dict[str, Callable[[Any], torch.optim.Optim
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--numel", type=float, default=1e8, help="parameters")
+    parser.add_argument("--numel", type=float, default=1e7, help="parameters")
     parser.add_argument("--only", default="", help="only optimizers whose name contains this")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
     numel = int(arguments.numel)
     slower = []

@@ -1,7 +1,8 @@
 """QLoRA from end to end on a CPU: train a small decoder, quantize it, train adapters through the 4-bit weights.
 
-Run by `make qlora`. Prints the perplexity of the decoder in every format on held-out text, the loss of the adapters as
-they train with a paged 8-bit optimizer on text of another kind, and checks the merged and the reloaded model.
+Run by `make qlora`, and by `make qlora-long` for hours on 60 MB of text. Prints the perplexity of the decoder in every
+format on held-out text, and the loss of the adapters as they train with a paged 8-bit optimizer on text of another
+kind; checks the merged and the reloaded model.
 """
 
 from __future__ import annotations
@@ -16,8 +17,21 @@ from typing import cast
 import torch
 from rich.console import Console
 from rich.table import Table
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tiny_llama import batches, decoder, documentation, licences, loss_of, perplexity, split, train_tokenizer
+from tiny_llama import (
+    batches,
+    decoder,
+    documentation,
+    encode,
+    licences,
+    loss_of,
+    perplexity,
+    split,
+    texts_below,
+    train_tokenizer,
+)
+from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 import polybit
@@ -65,22 +79,34 @@ def replace(model: nn.Module, kind: type[nn.Module], make: object) -> nn.Module:
     return model
 
 
-def train(model: nn.Module, optimizer: torch.optim.Optimizer, tokens: Tensor, seconds: float, what: str) -> list[float]:
-    """Steps until the time is over; the losses."""
+def train(
+    model: nn.Module, optimizer: torch.optim.Optimizer, tokens: Tensor, seconds: float, what: str, bf16: bool = False
+) -> list[float]:
+    """Steps until the time is over, with a learning rate that falls to zero by then; the losses."""
     model.train()
     losses: list[float] = []
-    end = time.monotonic() + seconds
+    start, peak = time.monotonic(), optimizer.defaults["lr"]
     for batch in batches(tokens, 16, seed=0):
-        loss = loss_of(model, batch)
+        left = 1 - (time.monotonic() - start) / seconds
+        if left <= 0 and len(losses) >= 20:
+            break
+        for group in optimizer.param_groups:
+            group["lr"] = peak * max(left, 0.01)
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            loss = loss_of(model, batch)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         losses.append(float(loss.detach()))
-        if time.monotonic() > end and len(losses) >= 20:
-            break
     first, last = (sum(part) / len(part) for part in (losses[:10], losses[-10:]))
     print(f"{what}: {len(losses)} steps, loss {first:.3f} -> {last:.3f}", flush=True)
     return losses
+
+
+def tokenizer_of(checkpoint: Path) -> Tokenizer:
+    """The tokenizer that a checkpoint was trained with, from its metadata."""
+    with safe_open(checkpoint, "pt") as file:
+        return Tokenizer.from_str(file.metadata()["tokenizer"])
 
 
 def main() -> None:
@@ -88,17 +114,29 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=4.0, help="time for the first training; the adapters get half")
     parser.add_argument("--hidden", type=int, default=256)
     parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--text", type=Path, help="train on the .txt and .rst files below this folder as well")
+    parser.add_argument("--bf16", action="store_true", help="train in bf16 autocast")
+    parser.add_argument("--checkpoint", type=Path, help="the trained decoder: read if it is there, else written")
     arguments = parser.parse_args()
 
     text, other = documentation(), licences()
-    tokenizer = train_tokenizer(text + other, 2048)
-    train_tokens, held_out = split(torch.tensor(tokenizer.encode(text).ids))
-    adapter_tokens, adapter_held_out = split(torch.tensor(tokenizer.encode(other).ids))
+    if arguments.text is not None:
+        text += "\n\n" + texts_below(arguments.text)
+    saved = arguments.checkpoint is not None and arguments.checkpoint.exists()
+    tokenizer = tokenizer_of(arguments.checkpoint) if saved else train_tokenizer(text + other, 2048)
+    train_tokens, held_out = split(encode(tokenizer, text))
+    adapter_tokens, adapter_held_out = split(encode(tokenizer, other))
     print(f"{len(train_tokens):,} tokens of documentation, {len(adapter_tokens):,} of licences", flush=True)
 
     model = decoder(2048, arguments.hidden, arguments.layers, seed=0)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters in fp32", flush=True)
-    train(model, polybit.optim.AdamW(model.parameters(), lr=2e-3), train_tokens, arguments.minutes * 60, "fp32")
+    if saved:
+        model.load_state_dict(load_file(arguments.checkpoint))
+    else:
+        optimizer = polybit.optim.AdamW(model.parameters(), lr=2e-3)
+        train(model, optimizer, train_tokens, arguments.minutes * 60, "fp32", arguments.bf16)
+        if arguments.checkpoint is not None:
+            save_file(model.state_dict(), arguments.checkpoint, {"tokenizer": tokenizer.to_str()})
 
     base = perplexity(model, held_out)
     table = Table("weights", "perplexity", "to fp32", title="held-out documentation")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import math
 import pydoc_data.topics
 import sys
@@ -35,6 +36,19 @@ def licences() -> str:
     return "\n\n".join([sys.copyright, *sorted(texts)])
 
 
+def texts_below(folder: Path) -> str:
+    """All .txt and .rst files of a folder and those below it, gzipped ones too; each text once."""
+    paths = sorted(
+        path for kind in ("txt", "rst") for ending in ("", ".gz") for path in folder.rglob(f"*.{kind}{ending}")
+    )
+    contents = dict.fromkeys(
+        gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes() for path in paths
+    )
+    if not contents:
+        raise SystemExit(f"no .txt or .rst files in {folder}")
+    return "\n\n".join(content.decode(errors="ignore") for content in contents)
+
+
 def train_tokenizer(text: str, vocabulary: int) -> Tokenizer:
     """Byte-level BPE."""
     tokenizer = Tokenizer(models.BPE())
@@ -44,6 +58,12 @@ def train_tokenizer(text: str, vocabulary: int) -> Tokenizer:
     trainer = trainers.BpeTrainer(vocab_size=vocabulary, initial_alphabet=alphabet, show_progress=False)
     tokenizer.train_from_iterator(text.split("\n\n"), trainer)
     return tokenizer
+
+
+def encode(tokenizer: Tokenizer, text: str, part: int = 1 << 20) -> Tensor:
+    """The tokens of a text, int64; part by part, since the tokenizer needs hundreds of bytes for a token."""
+    starts = range(0, len(text), part)
+    return torch.cat([torch.tensor(tokenizer.encode(text[start : start + part]).ids) for start in starts])
 
 
 def split(tokens: Tensor, held_out: float = 0.05) -> tuple[Tensor, Tensor]:

@@ -16,7 +16,7 @@ from polybit import optim
 from polybit.optim import state
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
-from tiny_llama import batches, decoder, documentation, loss_of, train_tokenizer
+from tiny_llama import batches, decoder, documentation, encode, loss_of, train_tokenizer
 
 VOCABULARY, STEPS, WARM_UP, TAIL = 320, 400, 40, 20
 
@@ -24,7 +24,7 @@ VOCABULARY, STEPS, WARM_UP, TAIL = 320, 400, 40, 20
 @cache
 def tokens() -> Tensor:
     text = documentation()[:400_000]
-    return torch.tensor(train_tokenizer(text, VOCABULARY).encode(text).ids)
+    return encode(train_tokenizer(text, VOCABULARY), text)
 
 
 @pytest.fixture(autouse=True)
