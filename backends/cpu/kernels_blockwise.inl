@@ -2,31 +2,80 @@
 
 namespace {
 
-// The 255 midpoints between neighbouring codes as a search tree in heap order: node i has children 2i and 2i + 1.
+// The codes of values: how many of the 255 midpoints between neighbouring codes are below. The midpoints are a search
+// tree in heap order: node i has children 2i and 2i + 1. For many values a faster way is worth its preparation: bins by
+// sign, exponent and seven bits of the mantissa, each with the number of midpoints below all of it, so that one
+// comparison is left. It takes a map with at most one midpoint in a bin, as the dynamic and the linear ones are.
 struct Code256 {
-  float tree[256];
+  static constexpr int side = 4096;           // room for the bins of one sign
+  static constexpr int32_t first = 103 << 7;  // of 2^-24, the high half of its bits; what is smaller shares its bin
+  static constexpr int32_t last = 127 << 7;   // of 1, and of what is larger
+  static constexpr int64_t many = 1 << 14;    // values
+
+  float tree[256], midpoint[256], bins[2 * side];
   simd::Table8 top, level3;
   simd::Table16 level4, level5a, level5b;
+  bool binned;
 
-  // keep_positive: no positive value becomes the code of zero.
-  explicit Code256(const float *code, bool keep_positive = false) {
+  // keep_positive: no positive value becomes the code of zero. count: of the values to come.
+  Code256(const float *code, int64_t count, bool keep_positive = false) {
+    for (int i = 0; i < 255; i++)
+      midpoint[i] = keep_positive && code[i] == 0.0f ? 0.0f : (code[i] + code[i + 1]) * 0.5f;
+    midpoint[255] = __builtin_inff();
     tree[0] = 0.0f;
     for (int level = 0; level < 8; level++)
-      for (int k = 0; k < 1 << level; k++) {
-        const int i = ((2 * k + 1) << (7 - level)) - 1;
-        tree[(1 << level) + k] = keep_positive && code[i] == 0.0f ? 0.0f : (code[i] + code[i + 1]) * 0.5f;
-      }
+      for (int k = 0; k < 1 << level; k++) tree[(1 << level) + k] = midpoint[((2 * k + 1) << (7 - level)) - 1];
     top = simd::table8(tree);
     level3 = simd::table8(tree + 8);
     level4 = simd::table16(tree + 16);
     level5a = simd::table16(tree + 32);
     level5b = simd::table16(tree + 48);
+    binned = count >= many && fill_bins();
   }
 
-  // The codes of N * W values, side by side, because each level waits for the one before. NaN is above no threshold and
+  // false: a bin has more than one midpoint, or they are not in order.
+  bool fill_bins() {
+    for (int i = 0; i < 255; i++)
+      if (!(midpoint[i] <= midpoint[i + 1])) return false;
+    const auto edge = [](int k) { return pb::as_float((pb::u32)(first + k) << 16); };
+    const auto above = [](int k) { return pb::as_float(((pb::u32)(first + k) << 16) | 0xffff); };
+    const int count = last - first;
+    int below = 0;
+    const auto fill = [&](int bin, float low, float high) {
+      while (low > midpoint[below]) below++;
+      bins[bin] = (float)below;
+      return below == 255 || !(high > midpoint[below + 1]);
+    };
+    bool single = true;
+    for (int k = count; k >= 0; k--)
+      single &= fill(side + k, k == count ? -__builtin_inff() : -above(k), k ? -edge(k) : 0.0f);
+    for (int k = 0; k <= count; k++) single &= fill(k, k ? edge(k) : 0.0f, k == count ? __builtin_inff() : above(k));
+    return single;
+  }
+
+  // The codes of N * W values, side by side, because each step waits for the one before. NaN is above no midpoint and
   // ends at 0.
   template <int N>
   void rank(const simd::F (&s)[N], simd::I (&i)[N]) const {
+    binned ? look_up(s, i) : search(s, i);
+  }
+
+  template <int N>
+  void look_up(const simd::F (&s)[N], simd::I (&i)[N]) const {
+    using namespace simd;
+    for (int k = 0; k < N; k++) {
+      const F size = min(max(abs_(s[k]), set1(0x1p-24f)), set1(1.0f));
+      const I bin = or_(addi(shr(as_int(size), 16), set1i(-first)), and_(shr(as_int(s[k]), 19), set1i(side)));
+      i[k] = cvt_rn(gather(bins, bin));
+    }
+    for (int k = 0; k < N; k++) {
+      i[k] = selecti(gt(s[k], gather(midpoint, i[k])), addi(i[k], set1i(1)), i[k]);
+      i[k] = selecti(ge(s[k], s[k]), i[k], set1i(0));
+    }
+  }
+
+  template <int N>
+  void search(const simd::F (&s)[N], simd::I (&i)[N]) const {
     using namespace simd;
     for (int k = 0; k < N; k++) i[k] = set1i(1);
     for (int level = 0; level < 3; level++)
@@ -73,7 +122,7 @@ pb_status quantize_blockwise(pb_context *ctx, const pb_quantize_blockwise_args *
     const typename D::type *x = data<const typename D::type>(a->x);
     uint8_t *q = data<uint8_t>(a->q);
     float *absmax = data<float>(a->absmax);
-    const Code256 code(data<const float>(a->code));
+    const Code256 code(data<const float>(a->code), n);
     parallel(ctx, ceil_div(n, block), grain_of(block), [&](int64_t begin, int64_t end) {
       float buffer[4096];
       for (int64_t b = begin; b < end; b++) {
@@ -121,7 +170,7 @@ pb_status quantize_absmax(pb_context *ctx, const pb_quantize_absmax_args *a) {
   *data<float>(a->nested_offset) = offset;
   uint8_t *q = data<uint8_t>(a->q);
   float *nested = data<float>(a->nested_absmax);
-  const Code256 code(data<const float>(a->code));
+  const Code256 code(data<const float>(a->code), n);
   parallel(ctx, ceil_div(n, block), grain_of(block), [&](int64_t begin, int64_t end) {
     float difference[256];
     for (int64_t b = begin; b < end; b++) {

@@ -228,8 +228,11 @@ pb_status optimizer_32bit(pb_context *ctx, const pb_optimizer_32bit_args *a) {
 
 pb_status optimizer_8bit(pb_context *ctx, const pb_optimizer_8bit_args *a) {
   const DLTensor *code[3] = {a->code1, a->code2 ? a->code2 : a->code1, a->code3 ? a->code3 : a->code1};
+  int64_t total = 0;
+  for (int64_t t = 0; t < a->params->count; t++) total += numel(a->params->tensors[t]);
   const auto encode = [&](unsigned k) {
-    return Code256(data<const float>(code[k]), pb::optim_is_second_moment((pb::u32)a->rule, k));
+    const bool is_there = k < pb::optim_states((pb::u32)a->rule);
+    return Code256(data<const float>(code[k]), is_there ? total : 0, pb::optim_is_second_moment((pb::u32)a->rule, k));
   };
   const Code256 encoders[3] = {encode(0), encode(1), encode(2)};
   return optimize(ctx,

@@ -128,6 +128,12 @@ def quantize_samples(device: torch.device | str) -> Iterator[Sample]:
         ties = torch.cat([ties, code, torch.zeros(16 - (ties.numel() + 256) % 16)]).view(-1, 16)
         ties = torch.cat([torch.ones(len(ties), 16), ties], 1)
         yield Sample(f"ties-{name}", (ties.to(device), code.to(device), 32))
+        # So many that a backend may prepare tables for them.
+        small = torch.logspace(-38, 0, 2048) * noise(2048, 8).sign()
+        small[::32] = 1.0
+        small[100:103] = torch.tensor([float("nan"), 0.0, -0.0])
+        x = torch.cat([ties.reshape(-1).repeat(16_384 // ties.numel()), small, small * 1e-30, noise(4096, 9)])
+        yield Sample(f"many-{name}", (x.to(device), code.to(device), 32))
 
 
 def maps() -> dict[str, codebooks.Codebook]:

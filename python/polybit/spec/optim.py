@@ -405,6 +405,11 @@ def cases(device: torch.device | str) -> Iterator[tuple[str, str, list[Tensor], 
             yield f"{name}-special-options={options}", name, *tensors, settings(name, 2), options
         zeros = [torch.zeros(300, device=device)], [torch.zeros(300, device=device)]
         yield f"{name}-zeros", name, *zeros, settings(name, 3), 0
+    for name in ("adam", "lion"):  # so many that a backend may prepare tables for them
+        grad = blockwise.noise(20_000, 11)
+        grad *= torch.logspace(-12, 0, 256).repeat(79)[:20_000]
+        grad[::7] = 0.0
+        yield f"{name}-many", name, [blockwise.noise(20_000, 10).to(device)], [grad.to(device)], settings(name, 2), 0
     bf16 = [blockwise.noise((70, 100), 7, torch.bfloat16).to(device), torch.tensor([float("nan"), 3e38], device=device)]
     grads = [blockwise.noise((70, 100), 8).to(device), torch.tensor([0.0, -1e38], device=device)]
     bf16[1] = bf16[1].to(torch.bfloat16)
