@@ -83,11 +83,11 @@ format: $(VENV)/lint-tools
 	PATH="$(CURDIR)/$(BIN):$$PATH" .ci/clang-format -i
 
 bench: $(VENV)/package $(VENV)/tools
-	POLYBIT_FALLBACK=error $(BIN)/python benchmarks/overhead.py
 	POLYBIT_FALLBACK=error $(BIN)/python benchmarks/ops.py
 	POLYBIT_FALLBACK=error $(BIN)/python benchmarks/openmp.py
 	POLYBIT_FALLBACK=error $(BIN)/python benchmarks/optim.py
 	POLYBIT_FALLBACK=error $(BIN)/python benchmarks/optim.py --only AdamW8bit --numel 1e8 --rounds 1
+	POLYBIT_FALLBACK=error $(BIN)/python benchmarks/overhead.py
 
 docs: $(VENV)/package $(VENV)/tools
 	$(BIN)/python -m sphinx -W --keep-going -q docs build/docs
