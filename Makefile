@@ -15,7 +15,7 @@ PYTEST := PATH="$(CURDIR)/$(BIN):$$PATH" PYTHONPATH=tests $(BIN)/python -m pytes
 help:
 	@echo "make demo      quantize a real model, evaluate it, write a report"
 	@echo "make qlora     train a small decoder, quantize it, train adapters through its 4-bit weights"
-	@echo "make qlora-long  the same on 60 MB of text, 90 minutes and more (Debian)"
+	@echo "make qlora-long  the same on 40 MB of text, 90 minutes and more (Debian)"
 	@echo "make test      the tests without the slow ones"
 	@echo "make test-all  all tests"
 	@echo "make lint      ruff, mypy, clang-format, typos, actionlint"
@@ -61,7 +61,7 @@ qlora-long: $(VENV)/package $(VENV)/tools build/documentation
 	POLYBIT_FALLBACK=error $(BIN)/python examples/qlora_cpu.py --text build/documentation --minutes 90 --hidden 384 \
 	  --layers 6 --bf16 --checkpoint build/qlora.safetensors
 
-# Three manuals from Debian 12's archive, 60 MB of text; nothing is installed.
+# Three manuals from Debian 12's archive, 40 MB of text; nothing is installed.
 build/documentation:
 	mkdir -p $@.part && cd $@.part && apt-get download -q python3.11-doc git-doc linux-doc-6.1 && \
 	  for package in *.deb; do dpkg-deb --extract $$package .; done && rm *.deb

@@ -1,6 +1,6 @@
 """QLoRA from end to end on a CPU: train a small decoder, quantize it, train adapters through the 4-bit weights.
 
-Run by `make qlora`, and by `make qlora-long` for hours on 60 MB of text. Prints the perplexity of the decoder in every
+Run by `make qlora`, and by `make qlora-long` for hours on 40 MB of text. Prints the perplexity of the decoder in every
 format on held-out text, and the loss of the adapters as they train with a paged 8-bit optimizer on text of another
 kind; checks the merged and the reloaded model.
 """
