@@ -7,10 +7,10 @@ namespace {
 // sign, exponent and seven bits of the mantissa, each with the number of midpoints below all of it, so that one
 // comparison is left. It takes a map with at most one midpoint in a bin, as the dynamic and the linear ones are.
 struct Code256 {
-  static constexpr int side = 4096;           // room for the bins of one sign
-  static constexpr int32_t first = 103 << 7;  // of 2^-24, the high half of its bits; what is smaller shares its bin
-  static constexpr int32_t last = 127 << 7;   // of 1, and of what is larger
-  static constexpr int64_t many = 1 << 14;    // values
+  static constexpr int side = 4096;               // room for the bins of one sign
+  static constexpr int32_t first = 103 << 7;      // of 2^-24, the high half of its bits; what is smaller shares its bin
+  static constexpr int32_t last = 127 << 7;       // of 1, and of what is larger
+  static constexpr int64_t worthwhile = 1 << 14;  // values, for which bins are filled
 
   float tree[256], midpoint[256], bins[2 * side];
   simd::Table8 top, level3;
@@ -30,7 +30,7 @@ struct Code256 {
     level4 = simd::table16(tree + 16);
     level5a = simd::table16(tree + 32);
     level5b = simd::table16(tree + 48);
-    binned = count >= many && fill_bins();
+    binned = count >= worthwhile && fill_bins();
   }
 
   // false: a bin has more than one midpoint, or they are not in order.

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
+from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -118,11 +119,8 @@ def new_state(rule: str, param: Tensor, *, bits: int, paged: bool, folder: str |
 
 
 def _scales(param: Tensor, shape: Sequence[int]) -> tuple[int, ...]:
-    numel = 1
-    for size in shape:
-        numel *= size
     if not is_sharded(param):
-        return (-(-numel // STATE_BLOCK),)
+        return (-(-prod(shape) // STATE_BLOCK),)
     return shape[0], _row(param) // STATE_BLOCK
 
 
