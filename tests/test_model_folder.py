@@ -211,9 +211,13 @@ def test_the_writer_holds_to_its_plan(tmp_path: Path) -> None:
 
 
 def peak_mb(code: str) -> float:
-    """Peak resident memory of a fresh interpreter that has run `code`, in MB."""
+    """Peak resident memory of a fresh interpreter that has run `code`, in MB.
+
+    With a fixed threshold, because glibc raises its own after the first tensor of up to 32 MB is freed and then keeps
+    freed tensors, more or fewer of them in each run.
+    """
     report = "import re; print(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1])"
-    return int(run_python(f"{code}\n{report}").stdout.split()[-1]) / 1024
+    return int(run_python(f"{code}\n{report}", MALLOC_MMAP_THRESHOLD_="1000000").stdout.split()[-1]) / 1024
 
 
 def memory_above_idle(source: Path, target: Path, *options: str) -> float:
@@ -243,7 +247,7 @@ def test_memory_of_a_300_mb_model_with_16_mb_tensors(format: str, tmp_path: Path
     source = make_large(tmp_path / "source", 2, 9, randn(2048, 2048))
     above = memory_above_idle(source, tmp_path / "out", "--format", format)
     print(f"{format}: {above:.0f} MB above idle")
-    assert above <= 80
+    assert above <= 45  # two tensors and what the command line imports; a third would not fit
 
 
 @pytest.mark.slow
