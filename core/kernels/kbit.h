@@ -1,41 +1,30 @@
-// quantize_kbit for 4 bits, without search (docs/numerics.md, "k-bit").
-//
-// A thread owns 8 neighbouring values, so block / 8 threads share a block. Up to the width of a wave they find the
-// absmax with shuffles; beyond it the waves of a block also meet in the memory of the group.
+// quantize_kbit and dequantize_kbit (docs/numerics.md, "k-bit"). A thread owns 8 neighbouring values, so block / 8
+// threads share a block.
 #ifndef PB_KERNELS_KBIT_H
 #define PB_KERNELS_KBIT_H
 
-#include "../simt/wave.h"
-#include "../math/encode.h"
-#include "../math/packing.h"
+#include "block.h"
+#include "weight.h"
 
 namespace pb {
 
-enum : u32 {
-  kbit4_values = 8,  // per thread: 16 bytes of a 16-bit type, 4 bytes of codes
-  kbit4_group_min = 128,
-  kbit4_group_max = 512,  // a block of 4096
-  kbit4_waves_max = 32,   // of the widest group at the narrowest wave, 16
-};
-
-// How many threads a group must have: a multiple of the threads that share a block, and of every wave's width.
-PB_FN u32 kbit4_group(u32 block) {
-  return block / kbit4_values > kbit4_group_min ? block / kbit4_values : kbit4_group_min;
-}
-
-struct Kbit4Local {
-  u32 wave_max[kbit4_waves_max];
-  float thresholds[15];
-  u32 order[16];  // words, so that lanes with different ranks meet no bank twice
-};
-
-// By value, as every private struct: Metal wants an address space on each reference.
-struct Kbit4Thresholds {
+// Thresholds in registers. By value, as every private struct: Metal wants an address space on each reference.
+struct Thresholds {
   float t[15];
 };
 
-// The rank among 15 thresholds that lie in registers: 4 compares and 11 selects, nothing indexed by a variable.
-PB_FN u32 kbit4_rank(Kbit4Thresholds r, float s) {
+// The rank among 2^BITS - 1 thresholds: compares and selects, nothing indexed by a variable.
+template <u32 BITS>
+PB_FN u32 rank_in(Thresholds r, float s) {
+  if (BITS == 2) {
+    const bool b1 = s > r.t[1];
+    return (u32(b1) << 1) | u32(s > (b1 ? r.t[2] : r.t[0]));
+  }
+  if (BITS == 3) {
+    const bool b2 = s > r.t[3];
+    const bool b1 = s > (b2 ? r.t[5] : r.t[1]);
+    return (u32(b2) << 2) | (u32(b1) << 1) | u32(s > (b2 ? (b1 ? r.t[6] : r.t[4]) : (b1 ? r.t[2] : r.t[0])));
+  }
   const bool b3 = s > r.t[7];
   const bool b2 = s > (b3 ? r.t[11] : r.t[3]);
   const bool b1 = s > (b3 ? (b2 ? r.t[13] : r.t[9]) : (b2 ? r.t[5] : r.t[1]));
@@ -44,57 +33,120 @@ PB_FN u32 kbit4_rank(Kbit4Thresholds r, float s) {
   return (u32(b3) << 3) | (u32(b2) << 2) | (u32(b1) << 1) | u32(s > (b3 ? high : low));
 }
 
-// One thread per 8 of the n values, groups of kbit4_group(block). The block comes as its logarithm, because a GPU has
-// no instruction to divide by it. aligned: x to 16 bytes and q to 4.
+template <class T, u32 BITS>
+struct QuantizeKbit {
+  enum : u32 { group_max = block_group_max, levels = 1u << BITS, candidates = 32 };
+  struct Args {
+    PB_GLOBAL const T *x;
+    PB_GLOBAL const float *code, *thresholds;
+    PB_GLOBAL const u8 *order;
+    PB_GLOBAL u8 *q;
+    PB_GLOBAL float *absmax;
+    i64 n, block_log2, search;
+    i64 aligned;  // x to 16 bytes and q to 4
+  };
+  struct Local {
+    BlockLocal block;
+    float thresholds[16];
+    u32 order[16];    // words, so that lanes with different ranks meet no bank twice
+    float value[16];  // by rank
+  };
+
+  // The scale that brings this thread's block nearest to its values, and what 1 / scale is; every thread calls it.
+  struct Scale {
+    float absmax, inverse;
+  };
+  PB_FN Scale searched(Wave w, PB_LOCAL Local *local, Thresholds thresholds, F8 x, i64 there, u32 bits, u32 lanes) {
+    const Scale plain = {stored_absmax(bits), inverse_absmax(bits)};
+    float best_gain = 0.0f, best_ratio = 1.0f;
+    for (u32 j = 0; j < candidates; j++) {
+      const float g = div_rn(1.0f, float(j + 13u) * 0.03125f);
+      F8 num, den;
+      PB_UNROLL
+      for (u32 k = 0; k < 8; k++) {
+        const float u = x.v[k] * plain.inverse;
+        const float c = i64(k) < there ? local->value[rank_in<BITS>(thresholds, u * g)] : 0.0f;
+        num.v[k] = u * c;
+        den.v[k] = c * c;
+      }
+      const float a = block_sum(w, &local->block, sum8(num), lanes), b = block_sum(w, &local->block, sum8(den), lanes);
+      const float gain = b > 0.0f && a > 0.0f ? div_rn(a * a, b) : 0.0f;
+      if (gain > best_gain) {
+        best_gain = gain;
+        best_ratio = div_rn(a, b);
+      }
+    }
+    const float scale = plain.absmax * best_ratio;
+    const u32 found = as_u32(scale);
+    const bool usable = !is_zero_block(bits) && bits < 0x7f800000u;
+    if (!usable || !(best_gain > 0.0f) || !(found >= 0x00800000u && found < 0x7f800000u)) return plain;
+    return Scale{scale, div_rn(1.0f, scale)};
+  }
+
+  PB_FN void run(Wave w, PB_LOCAL Local *local, Args a) {
+    const i64 first = (i64(w.group()) * w.group_dim() + w.tid()) * 8, there = a.n - first;
+    const F8 x = load_part(a.x, first, a.n, a.aligned != 0);
+
+    // The codebook into the memory of the group, then the absmax of the block.
+    if (w.tid() < levels) {
+      local->thresholds[w.tid()] = w.tid() < levels - 1u ? a.thresholds[w.tid()] : 0.0f;
+      local->order[w.tid()] = a.order[w.tid()];
+      local->value[w.tid()] = a.code[a.order[w.tid()]];
+    }
+    w.barrier();
+    Thresholds thresholds;
+    PB_UNROLL
+    for (u32 k = 0; k < levels - 1u; k++) thresholds.t[k] = local->thresholds[k];
+    const u32 lanes = u32(1) << (a.block_log2 - 3);
+    const u32 bits = block_reduce<Max>(w, &local->block, magnitude_bits8(x), lanes);
+    Scale scale = {stored_absmax(bits), inverse_absmax(bits)};
+    if (a.search) scale = searched(w, local, thresholds, x, there, bits, lanes);
+
+    // What lies behind the end has the code of 0, also in a block whose absmax is NaN.
+    u32 word = 0;
+    PB_UNROLL
+    for (u32 k = 0; k < 8; k++) {
+      const float s = i64(k) < there ? x.v[k] * scale.inverse : 0.0f;
+      word |= local->order[rank_in<BITS>(thresholds, s)] << packed_shift(k, BITS);
+    }
+    PB_GLOBAL u8 *q = a.q + first / 8 * BITS;
+    if (BITS == 4 && a.aligned && there >= 8) {
+      store4(q, word);
+    } else {
+      const i64 bytes = packed_bytes(there < 8 ? there : 8, BITS);
+      PB_UNROLL
+      for (u32 k = 0; k < BITS; k++)
+        if (i64(k) < bytes) q[k] = u8(word >> (8 * k));
+    }
+    if (there > 0 && (w.tid() & (lanes - 1u)) == 0) a.absmax[first >> a.block_log2] = scale.absmax;
+  }
+};
+
 template <class T>
-PB_FN void quantize_kbit4(Wave w, PB_LOCAL Kbit4Local *local, PB_GLOBAL const T *x, PB_GLOBAL const float *thresholds,
-                          PB_GLOBAL const u8 *order, PB_GLOBAL u8 *q, PB_GLOBAL float *absmax, i64 n, u32 block_log2,
-                          bool aligned) {
-  const i64 first = (i64(w.group()) * w.group_dim() + w.tid()) * kbit4_values;
-  const bool whole = first + kbit4_values <= n;
-  F8 values;
-  if (whole && aligned) {
-    values = load8(x + first);
-  } else {
-    PB_UNROLL
-    for (u32 k = 0; k < kbit4_values; k++) values.v[k] = first + k < n ? load1(x + first + k) : 0.0f;
-  }
+struct DequantizeKbit {
+  enum : u32 { group_max = 256 };
+  struct Args {
+    KbitWeight weight;
+    PB_GLOBAL T *y;
+    i64 n;
+    i64 aligned;  // y to 16 bytes and q to 4
+  };
+  typedef CodebookLocal Local;
 
-  // The absmax of the block, and the codebook into the memory of the group; one barrier serves both.
-  u32 bits = 0;
-  PB_UNROLL
-  for (u32 k = 0; k < kbit4_values; k++) bits = max_u32(bits, magnitude_bits(values.v[k]));
-  const u32 lanes_log2 = block_log2 - 3u, lanes = 1u << lanes_log2;
-  const u32 waves = lanes / w.width();  // of one block; 0 or 1 if a wave holds whole blocks
-  bits = lanes_max(w, bits, waves ? w.width() : lanes);
-  if (w.lane() == 0) local->wave_max[w.tid() / w.width()] = bits;
-  if (w.tid() < 15) local->thresholds[w.tid()] = thresholds[w.tid()];
-  if (w.tid() < 16) local->order[w.tid()] = order[w.tid()];
-  w.barrier();
-  const u32 start = (w.tid() >> lanes_log2) * waves;  // the first wave of this block
-  for (u32 k = 0; k < waves; k++) bits = max_u32(bits, local->wave_max[start + k]);
-
-  // Scale and encode. What lies behind the end counts as 0 here, also in a block whose absmax is NaN.
-  Kbit4Thresholds ranks;
-  PB_UNROLL
-  for (u32 k = 0; k < 15; k++) ranks.t[k] = local->thresholds[k];
-  const float inverse = inverse_absmax(bits);
-  u32 word = 0;
-  PB_UNROLL
-  for (u32 k = 0; k < kbit4_values; k++) {
-    const float s = first + k < n ? values.v[k] * inverse : 0.0f;
-    word |= local->order[kbit4_rank(ranks, s)] << packed_shift(k, 4);
+  PB_FN void run(Wave w, PB_LOCAL Local *local, Args a) {
+    load_codebook(w, local, a.weight);
+    w.barrier();
+    const i64 first = (i64(w.group()) * w.group_dim() + w.tid()) * 8;
+    if (first < a.n) {
+      const u32 word = weight_codes8(a.weight, first, a.n, a.aligned != 0), bits = u32(a.weight.bits);
+      const float scale = weight_scale(a.weight, first >> a.weight.block_log2);
+      F8 y;
+      PB_UNROLL
+      for (u32 k = 0; k < 8; k++) y.v[k] = local->code[code_of(word, k, bits)] * scale;
+      store_part(a.y, first, a.n, a.aligned != 0, y);
+    }
   }
-
-  if (whole && aligned) {
-    store4(q + first / 2, word);
-  } else {
-    PB_UNROLL
-    for (u32 k = 0; k < kbit4_values / 2; k++)
-      if (first + 2 * k < n) q[first / 2 + k] = u8(word >> (8 * k));
-  }
-  if (first < n && (w.tid() & (lanes - 1u)) == 0) absmax[first >> block_log2] = stored_absmax(bits);
-}
+};
 
 }  // namespace pb
 #endif

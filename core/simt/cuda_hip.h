@@ -27,6 +27,7 @@ namespace pb {
 typedef uint8_t u8;
 typedef uint16_t u16;
 typedef uint32_t u32;
+typedef int32_t i32;
 typedef int64_t i64;
 
 struct U4 {
@@ -36,7 +37,10 @@ struct U4 {
 #ifdef __HIP__
 PB_FN float as_float(u32 bits) { return __builtin_bit_cast(float, bits); }
 PB_FN u32 as_u32(float x) { return __builtin_bit_cast(u32, x); }
-PB_FN float div_rn(float a, float b) { return a / b; }  // clang's HIP rounds it correctly unless told not to
+PB_FN float div_rn(float a, float b) { return a / b; }  // clang's HIP rounds both correctly unless told not to
+PB_FN float sqrt_rn(float a) { return __builtin_sqrtf(a); }
+PB_FN float fma_rn(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
+PB_FN i32 round_rn(float x) { return i32(__builtin_rintf(x)); }
 
 typedef u32 Words4 __attribute__((ext_vector_type(4), may_alias));
 typedef u32 Word __attribute__((may_alias));
@@ -44,7 +48,16 @@ PB_FN U4 load16(const u32 *p) {
   const Words4 a = *(const Words4 *)p;
   return U4{{a.x, a.y, a.z, a.w}};
 }
+PB_FN void store16(u32 *p, U4 a) { *(Words4 *)p = Words4{a.v[0], a.v[1], a.v[2], a.v[3]}; }
+PB_FN u32 load4(const u8 *p) { return *(const Word *)p; }
 PB_FN void store4(u8 *p, u32 word) { *(Word *)p = word; }
+PB_FN i32 dot4(u32 a, u32 b, i32 c) {
+#if defined(__gfx1100__) || defined(__gfx1201__)
+  return __builtin_amdgcn_sudot4(true, i32(a), true, i32(b), c, false);
+#else
+  return __builtin_amdgcn_sdot4(i32(a), i32(b), c, false);
+#endif
+}
 
 struct Wave {
   __device__ u32 tid() const { return __builtin_amdgcn_workitem_id_x(); }
@@ -69,12 +82,18 @@ struct Wave {
 PB_FN float as_float(u32 bits) { return __uint_as_float(bits); }
 PB_FN u32 as_u32(float x) { return __float_as_uint(x); }
 PB_FN float div_rn(float a, float b) { return __fdiv_rn(a, b); }  // also under -prec-div=false
+PB_FN float sqrt_rn(float a) { return __fsqrt_rn(a); }
+PB_FN float fma_rn(float a, float b, float c) { return __fmaf_rn(a, b, c); }
+PB_FN i32 round_rn(float x) { return __float2int_rn(x); }
 
 PB_FN U4 load16(const u32 *p) {
   const uint4 a = *(const uint4 *)p;
   return U4{{a.x, a.y, a.z, a.w}};
 }
+PB_FN void store16(u32 *p, U4 a) { *(uint4 *)p = make_uint4(a.v[0], a.v[1], a.v[2], a.v[3]); }
+PB_FN u32 load4(const u8 *p) { return *(const u32 *)p; }
 PB_FN void store4(u8 *p, u32 word) { *(u32 *)p = word; }
+PB_FN i32 dot4(u32 a, u32 b, i32 c) { return __dp4a(i32(a), i32(b), c); }
 
 struct Wave {
   __device__ u32 tid() const { return threadIdx.x; }
@@ -86,6 +105,15 @@ struct Wave {
   __device__ u32 shuffle_xor(u32 value, u32 mask) const { return __shfl_xor_sync(0xffffffffu, value, int(mask)); }
 };
 #endif
+
+PB_FN void set_flag(u8 *p) { *(volatile u8 *)p = 1; }
+
+// The one entry point; a launch of the kernel K is a launch of entry<K>.
+template <class K>
+__global__ void __launch_bounds__(K::group_max) entry(typename K::Args args) {
+  PB_SHARED(typename K::Local, local);
+  K::run(Wave(), local, args);
+}
 }  // namespace pb
 
 #include "wave.h"

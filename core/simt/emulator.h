@@ -17,6 +17,7 @@ namespace pb {
 typedef uint8_t u8;
 typedef uint16_t u16;
 typedef uint32_t u32;
+typedef int32_t i32;
 typedef int64_t i64;
 
 namespace emulator {
@@ -45,6 +46,9 @@ PB_FN u32 as_u32(float x) {
   return bits;
 }
 PB_FN float div_rn(float a, float b) { return a / b; }
+PB_FN float sqrt_rn(float a) { return __builtin_sqrtf(a); }
+PB_FN float fma_rn(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
+PB_FN i32 round_rn(float x) { return i32(__builtin_rintf(x)); }
 
 struct U4 {
   u32 v[4];
@@ -55,9 +59,25 @@ PB_FN U4 load16(const u32 *p, const char *file = __builtin_FILE(), int line = __
   __builtin_memcpy(&r, p, 16);
   return r;
 }
+PB_FN void store16(u32 *p, U4 a, const char *file = __builtin_FILE(), int line = __builtin_LINE()) {
+  emulator::check_aligned(p, 16, {file, line});
+  __builtin_memcpy(p, &a, 16);
+}
+PB_FN u32 load4(const u8 *p, const char *file = __builtin_FILE(), int line = __builtin_LINE()) {
+  emulator::check_aligned(p, 4, {file, line});
+  u32 word;
+  __builtin_memcpy(&word, p, 4);  // little-endian, as every target is
+  return word;
+}
 PB_FN void store4(u8 *p, u32 word, const char *file = __builtin_FILE(), int line = __builtin_LINE()) {
   emulator::check_aligned(p, 4, {file, line});
-  __builtin_memcpy(p, &word, 4);  // little-endian, as every target is
+  __builtin_memcpy(p, &word, 4);
+}
+
+PB_FN void set_flag(u8 *p) { __atomic_store_n(p, u8(1), __ATOMIC_RELAXED); }
+PB_FN i32 dot4(u32 a, u32 b, i32 c) {
+  for (u32 k = 0; k < 32; k += 8) c += i32(int8_t(a >> k)) * i32(int8_t(b >> k));
+  return c;
 }
 
 struct Wave {
@@ -77,6 +97,12 @@ struct Wave {
     return emulator::shuffle_xor(value, mask, {file, line});
   }
 };
+
+template <class K>
+PB_FN void entry(const typename K::Args &args) {
+  PB_SHARED(typename K::Local, local);
+  K::run(Wave(), local, args);
+}
 }  // namespace pb
 
 #include "wave.h"

@@ -4,6 +4,7 @@
 
 #include "../../backends/emulator/engine.h"
 #include "../../core/simt/emulator.h"
+#include "../../core/kernels/block.h"
 
 using pb::u32;
 using pb::Wave;
@@ -15,7 +16,7 @@ alignas(16) u32 memory[8];
 void correct() {
   const Wave w;
   w.barrier();
-  pb::lanes_max(w, w.tid(), w.width());
+  pb::wave_reduce<pb::Max>(w, w.tid(), w.width());
   w.barrier();
 }
 void exit_before_barrier() {

@@ -1,0 +1,7 @@
+// All kernels.
+#ifndef PB_KERNELS_KERNELS_H
+#define PB_KERNELS_KERNELS_H
+
+#include "kbit.h"
+
+#endif

@@ -1,0 +1,25 @@
+// The table of a backend that is made of core/kernels: every op of the op table, or it does not compile.
+#ifndef PB_LAUNCH_TABLE_H
+#define PB_LAUNCH_TABLE_H
+
+#include "kbit.h"
+
+namespace pb {
+namespace launch {
+
+template <class Device>
+constexpr pb_backend table(const char *name, DLDeviceType device_type, int64_t (*probe)(char *, uint64_t)) {
+  pb_backend b = {};
+  b.abi = PB_ABI;
+  b.size = sizeof(pb_backend);
+  b.name = name;
+  b.device_type = device_type;
+  b.probe = probe;
+  b.quantize_kbit = quantize_kbit<Device>;
+  b.dequantize_kbit = dequantize_kbit<Device>;
+  return b;
+}
+
+}  // namespace launch
+}  // namespace pb
+#endif
