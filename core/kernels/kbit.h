@@ -33,7 +33,7 @@ PB_FN u32 rank_in(Thresholds r, float s) {
   return (u32(b3) << 3) | (u32(b2) << 2) | (u32(b1) << 1) | u32(s > (b3 ? high : low));
 }
 
-template <class T, u32 BITS>
+template <class T, u32 BITS, bool SEARCH>
 struct QuantizeKbit {
   enum : u32 { group_max = block_group_max, levels = 1u << BITS, candidates = 32 };
   struct Args {
@@ -42,7 +42,7 @@ struct QuantizeKbit {
     PB_GLOBAL const u8 *order;
     PB_GLOBAL u8 *q;
     PB_GLOBAL float *absmax;
-    i64 n, block_log2, search;
+    i64 n, block_log2;
     i64 aligned;  // x to 16 bytes and q to 4
   };
   struct Local {
@@ -91,7 +91,7 @@ struct QuantizeKbit {
     if (w.tid() < levels) {
       local->thresholds[w.tid()] = w.tid() < levels - 1u ? a.thresholds[w.tid()] : 0.0f;
       local->order[w.tid()] = a.order[w.tid()];
-      local->value[w.tid()] = a.code[a.order[w.tid()]];
+      if (SEARCH) local->value[w.tid()] = a.code[a.order[w.tid()]];
     }
     w.barrier();
     Thresholds thresholds;
@@ -100,7 +100,7 @@ struct QuantizeKbit {
     const u32 lanes = u32(1) << (a.block_log2 - 3);
     const u32 bits = block_reduce<Max>(w, &local->block, magnitude_bits8(x), lanes);
     Scale scale = {stored_absmax(bits), inverse_absmax(bits)};
-    if (a.search) scale = searched(w, local, thresholds, x, there, bits, lanes);
+    if (SEARCH) scale = searched(w, local, thresholds, x, there, bits, lanes);
 
     // What lies behind the end has the code of 0, also in a block whose absmax is NaN.
     u32 word = 0;

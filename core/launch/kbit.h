@@ -30,10 +30,10 @@ KbitWeight kbit_weight(const Args *args, i64 row) {
   return w;
 }
 
-template <class Device, u32 BITS>
+template <class Device, u32 BITS, bool SEARCH>
 pb_status quantize_kbit_in(pb_context *ctx, const pb_quantize_kbit_args *a) {
   return with_float(ctx, a->x, [&](auto dtype) {
-    typedef QuantizeKbit<decltype(dtype), BITS> K;
+    typedef QuantizeKbit<decltype(dtype), BITS, SEARCH> K;
     typename K::Args args = {};
     args.x = data<const decltype(dtype)>(a->x);
     args.code = data<const float>(a->code);
@@ -43,7 +43,6 @@ pb_status quantize_kbit_in(pb_context *ctx, const pb_quantize_kbit_args *a) {
     args.absmax = data<float>(a->absmax);
     args.n = numel(a->x);
     args.block_log2 = log2_of(a->block);
-    args.search = a->search;
     args.aligned = aligned(16, args.x) && aligned(4, args.q);
     const i64 threads = a->block / 8 > 128 ? a->block / 8 : 128;
     return Device::template launch<K>(ctx, ceil_div(args.n, threads * 8), static_cast<u32>(threads), args);
@@ -52,9 +51,11 @@ pb_status quantize_kbit_in(pb_context *ctx, const pb_quantize_kbit_args *a) {
 
 template <class Device>
 pb_status quantize_kbit(pb_context *ctx, const pb_quantize_kbit_args *a) {
-  if (a->bits == 2) return quantize_kbit_in<Device, 2>(ctx, a);
-  if (a->bits == 3) return quantize_kbit_in<Device, 3>(ctx, a);
-  return quantize_kbit_in<Device, 4>(ctx, a);
+  if (a->bits == 2)
+    return a->search ? quantize_kbit_in<Device, 2, true>(ctx, a) : quantize_kbit_in<Device, 2, false>(ctx, a);
+  if (a->bits == 3)
+    return a->search ? quantize_kbit_in<Device, 3, true>(ctx, a) : quantize_kbit_in<Device, 3, false>(ctx, a);
+  return a->search ? quantize_kbit_in<Device, 4, true>(ctx, a) : quantize_kbit_in<Device, 4, false>(ctx, a);
 }
 
 template <class Device>

@@ -11,7 +11,7 @@
 #define __global__ __attribute__((global))
 #define __shared__ __attribute__((shared))
 #define __forceinline__ inline __attribute__((always_inline))
-#define __launch_bounds__(threads) __attribute__((amdgpu_flat_work_group_size(1, threads)))
+#define __launch_bounds__(threads, ...) __attribute__((amdgpu_flat_work_group_size(1, threads)))
 #endif
 
 #define PB_ADAPTOR
@@ -108,9 +108,10 @@ struct Wave {
 
 PB_FN void set_flag(u8 *p) { *(volatile u8 *)p = 1; }
 
-// The one entry point; a launch of the kernel K is a launch of entry<K>.
+// The one entry point; a launch of the kernel K is a launch of entry<K>. One group per multiprocessor is enough: with
+// no such bound ptxas spills for the sake of occupancy.
 template <class K>
-__global__ void __launch_bounds__(K::group_max) entry(typename K::Args args) {
+__global__ void __launch_bounds__(K::group_max, 1) entry(typename K::Args args) {
   PB_SHARED(typename K::Local, local);
   K::run(Wave(), local, args);
 }
