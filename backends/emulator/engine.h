@@ -21,7 +21,7 @@ bool parse_order(const char *text, Order *order);
 struct Launch {
   int64_t groups;
   uint32_t group_dim;  // a multiple of width
-  uint32_t width;      // of a wave, 1...64
+  uint32_t width;      // of a wave, a power of two up to 64
   Order order;
 };
 

@@ -1,5 +1,6 @@
 // The adaptor for the emulated machine, whose engine is backends/emulator/engine.cpp. It is stricter than the hardware:
-// every lane must reach the same call, and a call that some lanes miss is an error that names both places.
+// every lane of a wave, or every member of a call, must reach the same call at the same place; a call that one of them
+// misses is an error that names both places.
 #ifndef PB_SIMT_EMULATOR_H
 #define PB_SIMT_EMULATOR_H
 
@@ -10,7 +11,7 @@
 #define PB_FN static inline
 #define PB_GLOBAL
 #define PB_LOCAL
-#define PB_SHARED(T, name) T *name = static_cast<T *>(::pb::emulator::local_memory(sizeof(T)))
+#define PB_SHARED(T, name) T *name = static_cast<T *>(::pb::emulator::local_memory(sizeof(T), {__FILE__, __LINE__}))
 #define PB_UNROLL
 
 namespace pb {
@@ -28,11 +29,16 @@ struct Place {
 struct Ids {
   u32 tid, group, group_dim, width;
 };
+constexpr uint64_t every_lane = ~uint64_t(0);
 Ids ids();
 void barrier(Place place);
-u32 shuffle_xor(u32 value, u32 mask, Place place);
-void *local_memory(size_t bytes);  // the one array of the group; starts as 0xA5 in every byte
-void check_aligned(const void *p, size_t bytes, Place place);
+u32 shuffle_xor(u32 value, u32 mask, uint64_t members, Place place);
+u32 shuffle(u32 value, u32 source_lane, uint64_t members, Place place);
+void *local_memory(size_t bytes, Place place);  // the one array of the group; starts as 0xA5 in every byte
+void misaligned(const char *what, size_t bytes, Place place);  // an error
+static inline void check_aligned(const void *p, size_t bytes, Place place, const char *what = "an access") {
+  if (reinterpret_cast<uintptr_t>(p) % bytes) misaligned(what, bytes, place);
+}
 }  // namespace emulator
 
 PB_FN float as_float(u32 bits) {
@@ -80,12 +86,25 @@ PB_FN i32 dot4(u32 a, u32 b, i32 c) {
   return c;
 }
 
+// Return the value before. Groups run on several OS threads, so these are as atomic as a GPU's.
+PB_FN u32 atomic_add(u32 *p, u32 v, const char *file = __builtin_FILE(), int line = __builtin_LINE()) {
+  emulator::check_aligned(p, 4, {file, line}, "an atomic");
+  return __atomic_fetch_add(p, v, __ATOMIC_RELAXED);
+}
+PB_FN u32 atomic_or(u32 *p, u32 v, const char *file = __builtin_FILE(), int line = __builtin_LINE()) {
+  emulator::check_aligned(p, 4, {file, line}, "an atomic");
+  return __atomic_fetch_or(p, v, __ATOMIC_RELAXED);
+}
+
+// `members` is a bit for each lane that takes part in a shuffle, all of them calling with the same; the other lanes
+// need not come, and must not be read.
 struct Wave {
-  u32 tid() const { return emulator::ids().tid; }
-  u32 group() const { return emulator::ids().group; }
-  u32 group_dim() const { return emulator::ids().group_dim; }
-  u32 lane() const { return emulator::ids().tid % width(); }
-  u32 width() const { return emulator::ids().width; }
+  emulator::Ids ids = emulator::ids();
+  u32 tid() const { return ids.tid; }
+  u32 group() const { return ids.group; }
+  u32 group_dim() const { return ids.group_dim; }
+  u32 lane() const { return ids.tid % ids.width; }
+  u32 width() const { return ids.width; }
   void barrier(const char *file = __builtin_FILE(), int line = __builtin_LINE()) const {
 #ifdef PB_MUTATE_NO_BARRIER  // a test's mutation: what depends on barriers must then go wrong
     (void)file, (void)line;
@@ -93,8 +112,13 @@ struct Wave {
     emulator::barrier({file, line});
 #endif
   }
-  u32 shuffle_xor(u32 value, u32 mask, const char *file = __builtin_FILE(), int line = __builtin_LINE()) const {
-    return emulator::shuffle_xor(value, mask, {file, line});
+  u32 shuffle_xor(u32 value, u32 mask, uint64_t members = emulator::every_lane, const char *file = __builtin_FILE(),
+                  int line = __builtin_LINE()) const {
+    return emulator::shuffle_xor(value, mask, members, {file, line});
+  }
+  u32 shuffle(u32 value, u32 source_lane, uint64_t members = emulator::every_lane, const char *file = __builtin_FILE(),
+              int line = __builtin_LINE()) const {
+    return emulator::shuffle(value, source_lane, members, {file, line});
   }
 };
 
