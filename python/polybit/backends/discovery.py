@@ -9,15 +9,24 @@ import threading
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 
+import torch
+
 from polybit.backends.base import Backend, BackendError, BackendInfo
 from polybit.backends.native import load_library
 
 ENTRY_POINT_GROUP = "polybit.backends"
 LIBRARY_FOLDER = Path(__file__).parent.parent / "lib"
 
-# The families that are used without being named. The emulator is a test vehicle: only POLYBIT_BACKEND or
-# polybit.backend() bring it in.
-AUTOMATIC_FAMILIES = ("cpu",)
+
+def automatic_families(device_type: str) -> tuple[str, ...]:
+    """The families that take tensors of a torch device type without being named.
+
+    Their libraries are loaded when the first such tensor comes, so nothing is asked of a driver before. The emulator is
+    a test vehicle: only POLYBIT_BACKEND or polybit.backend() bring it in.
+    """
+    if device_type == "cuda":  # torch gives AMD's GPUs this name, too
+        return ("hip",) if torch.version.hip else ("cuda",)
+    return {"cpu": ("cpu",), "xpu": ("sycl",)}.get(device_type, ())
 
 
 def family(name: str) -> str:
@@ -35,7 +44,7 @@ class Catalogue:
         self.failures: list[BackendInfo] = []
         self.version = 0
 
-    def discover(self, families: tuple[str, ...] = AUTOMATIC_FAMILIES) -> None:
+    def discover(self, families: tuple[str, ...]) -> None:
         """Load the libraries of these families, then the entry points; each source once."""
         with self._lock:
             for name in families:

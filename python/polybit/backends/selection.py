@@ -17,7 +17,7 @@ from typing import ParamSpec, TypeVar
 
 from polybit import _C
 from polybit.backends.base import Backend, BackendError, BackendInfo, Kernel, Resolution
-from polybit.backends.discovery import AUTOMATIC_FAMILIES, catalogue, family
+from polybit.backends.discovery import automatic_families, catalogue, family
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -47,7 +47,7 @@ class Selection:
         self._version = -1
         self._warned: set[tuple[str, str]] = set()
         named = () if allow is None else tuple(family(name) for name in allow)
-        catalogue.discover(AUTOMATIC_FAMILIES + named)
+        catalogue.discover(automatic_families("cpu") + named)
         for name in allow or ():
             self._check(name)
 
@@ -77,6 +77,8 @@ class Selection:
             )
 
     def _candidates(self, device_type: str) -> Iterator[Backend]:
+        if self.allow is None:
+            catalogue.discover(automatic_families(device_type))
         usable = [
             backend for backend in catalogue.backends if backend.device_type == device_type and not backend.reason
         ]
