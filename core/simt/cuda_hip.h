@@ -30,6 +30,9 @@ typedef uint32_t u32;
 typedef int32_t i32;
 typedef int64_t i64;
 
+struct U2 {
+  u32 v[2];
+};
 struct U4 {
   u32 v[4];
 };
@@ -43,12 +46,18 @@ PB_FN float fma_rn(float a, float b, float c) { return __builtin_fmaf(a, b, c); 
 PB_FN i32 round_rn(float x) { return i32(__builtin_rintf(x)); }
 
 typedef u32 Words4 __attribute__((ext_vector_type(4), may_alias));
+typedef u32 Words2 __attribute__((ext_vector_type(2), may_alias));
 typedef u32 Word __attribute__((may_alias));
 PB_FN U4 load16(const u32 *p) {
   const Words4 a = *(const Words4 *)p;
   return U4{{a.x, a.y, a.z, a.w}};
 }
 PB_FN void store16(u32 *p, U4 a) { *(Words4 *)p = Words4{a.v[0], a.v[1], a.v[2], a.v[3]}; }
+PB_FN U2 load8(const u8 *p) {
+  const Words2 a = *(const Words2 *)p;
+  return U2{{a.x, a.y}};
+}
+PB_FN void store8(u8 *p, U2 a) { *(Words2 *)p = Words2{a.v[0], a.v[1]}; }
 PB_FN u32 load4(const u8 *p) { return *(const Word *)p; }
 PB_FN void store4(u8 *p, u32 word) { *(Word *)p = word; }
 PB_FN i32 dot4(u32 a, u32 b, i32 c) {
@@ -91,6 +100,11 @@ PB_FN U4 load16(const u32 *p) {
   return U4{{a.x, a.y, a.z, a.w}};
 }
 PB_FN void store16(u32 *p, U4 a) { *(uint4 *)p = make_uint4(a.v[0], a.v[1], a.v[2], a.v[3]); }
+PB_FN U2 load8(const u8 *p) {
+  const uint2 a = *(const uint2 *)p;
+  return U2{{a.x, a.y}};
+}
+PB_FN void store8(u8 *p, U2 a) { *(uint2 *)p = make_uint2(a.v[0], a.v[1]); }
 PB_FN u32 load4(const u8 *p) { return *(const u32 *)p; }
 PB_FN void store4(u8 *p, u32 word) { *(u32 *)p = word; }
 PB_FN i32 dot4(u32 a, u32 b, i32 c) { return __dp4a(i32(a), i32(b), c); }

@@ -69,10 +69,23 @@ PB_FN void store16(u32 *p, U4 a, const char *file = __builtin_FILE(), int line =
   emulator::check_aligned(p, 16, {file, line});
   __builtin_memcpy(p, &a, 16);
 }
+struct U2 {
+  u32 v[2];
+};
+PB_FN U2 load8(const u8 *p, const char *file = __builtin_FILE(), int line = __builtin_LINE()) {
+  emulator::check_aligned(p, 8, {file, line});
+  U2 r;
+  __builtin_memcpy(&r, p, 8);  // little-endian, as every target is
+  return r;
+}
+PB_FN void store8(u8 *p, U2 a, const char *file = __builtin_FILE(), int line = __builtin_LINE()) {
+  emulator::check_aligned(p, 8, {file, line});
+  __builtin_memcpy(p, &a, 8);
+}
 PB_FN u32 load4(const u8 *p, const char *file = __builtin_FILE(), int line = __builtin_LINE()) {
   emulator::check_aligned(p, 4, {file, line});
   u32 word;
-  __builtin_memcpy(&word, p, 4);  // little-endian, as every target is
+  __builtin_memcpy(&word, p, 4);
   return word;
 }
 PB_FN void store4(u8 *p, u32 word, const char *file = __builtin_FILE(), int line = __builtin_LINE()) {
