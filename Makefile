@@ -10,7 +10,7 @@ SOURCES := CMakeLists.txt pyproject.toml $(wildcard README.md) $(shell find core
 # The budget plugin prints seconds against tests/budget.toml.
 PYTEST := PATH="$(CURDIR)/$(BIN):$$PATH" PYTHONPATH=tests $(BIN)/python -m pytest -p budget
 
-.PHONY: help demo qlora qlora-long test test-all lint format bench docs matrix clean
+.PHONY: help demo qlora qlora-long test test-all lint format bench mutate docs matrix clean
 
 help:
 	@echo "make demo      quantize a real model, evaluate it, write a report"
@@ -21,6 +21,7 @@ help:
 	@echo "make lint      ruff, mypy, clang-format, typos, actionlint"
 	@echo "make format    rewrite the sources as lint wants them"
 	@echo "make bench     operations and optimizers beside bitsandbytes and torch, OpenMP sharing, call overhead"
+	@echo "make mutate    break the kernels of core/kernels one place at a time, count what the samples notice; FILES=... for some"
 	@echo "make docs      the documentation, warnings as errors: build/docs/index.html"
 	@echo "make matrix    every row of .ci/matrix.json that this machine can run; HEAVY=1 for those that install gigabytes"
 	@echo "make clean     remove .venv, build and dist"
@@ -88,6 +89,9 @@ BENCHMARKS := "ops.py" "openmp.py" "optim.py" "optim.py --only AdamW8bit --numel
 bench: $(VENV)/package $(VENV)/tools
 	@status=0; for benchmark in $(BENCHMARKS); do \
 	  POLYBIT_FALLBACK=error $(BIN)/python benchmarks/$$benchmark || status=1; done; exit $$status
+
+mutate: $(VENV)/package
+	$(BIN)/python tools/mutate.py $(FILES)
 
 docs: $(VENV)/package $(VENV)/tools
 	$(BIN)/python -m sphinx -W --keep-going -q docs build/docs
