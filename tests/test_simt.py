@@ -30,7 +30,7 @@ WIDE_LOADS = {
     for bits in (2, 3, 4)
     for search in ("", "_search")
     for dtype in DTYPES
-}
+} | {"sum_chunks": 4, "scale_multi": 8}
 
 
 def execute(*command: str | Path, **env: str) -> subprocess.CompletedProcess[str]:

@@ -3,5 +3,6 @@
 #define PB_KERNELS_KERNELS_H
 
 #include "kbit.h"
+#include "multi.h"
 
 #endif

@@ -3,6 +3,7 @@
 #define PB_LAUNCH_TABLE_H
 
 #include "kbit.h"
+#include "multi.h"
 
 namespace pb {
 namespace launch {
@@ -17,6 +18,8 @@ constexpr pb_backend table(const char *name, DLDeviceType device_type, int64_t (
   b.probe = probe;
   b.quantize_kbit = quantize_kbit<Device>;
   b.dequantize_kbit = dequantize_kbit<Device>;
+  b.sum_squares_multi = sum_squares_multi<Device>;
+  b.scale_multi = scale_multi<Device>;
   return b;
 }
 

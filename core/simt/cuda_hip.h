@@ -18,6 +18,7 @@
 #define PB_FN static __device__ __forceinline__
 #define PB_GLOBAL
 #define PB_LOCAL
+#define PB_PRIVATE
 #define PB_SHARED(T, name) \
   __shared__ T name##_; \
   T *name = &name##_

@@ -11,6 +11,7 @@
 #define PB_FN static inline
 #define PB_GLOBAL
 #define PB_LOCAL
+#define PB_PRIVATE
 #define PB_SHARED(T, name) T *name = static_cast<T *>(::pb::emulator::local_memory(sizeof(T), {__FILE__, __LINE__}))
 #define PB_UNROLL
 

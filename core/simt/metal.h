@@ -9,6 +9,7 @@
 #define PB_FN static inline
 #define PB_GLOBAL device
 #define PB_LOCAL threadgroup
+#define PB_PRIVATE thread
 #ifndef PB_SHARED  // the type check has its own: standard C++ knows no automatic variable in an address space
 #define PB_SHARED(T, name) \
   threadgroup T name##_; \

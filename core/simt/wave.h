@@ -2,7 +2,7 @@
 // rules. An adaptor (cuda_hip.h, metal.h, emulator.h) is included first, defines PB_ADAPTOR and supplies:
 //
 //   PB_FN                a device function, also as a static member
-//   PB_GLOBAL PB_LOCAL   address spaces: every pointer that is not to a private variable names one
+//   PB_GLOBAL PB_LOCAL   address spaces, and PB_PRIVATE, that of variables: every pointer names one
 //   PB_SHARED(T, name)   declares memory of the group, in an entry point only; `name` is a PB_LOCAL T *
 //   PB_UNROLL            stands before a loop
 //   u8 u16 u32 i32 i64   as_float as_u32 (bit casts)

@@ -56,6 +56,8 @@ def lists(device: torch.device | str) -> Iterator[tuple[str, list[Tensor]]]:
         yield name, [noise(shape, i, dtype).to(device) for i, shape in enumerate(sizes)]
     mixed = [noise((i * 7 % 50,), i, FLOATS[i % 3]).to(device) for i in range(70)]
     yield "mixed-70", mixed
+    # More than the arguments of one launch hold.
+    yield "mixed-230", [noise(i * 3 % 7, i, FLOATS[i % 3]).to(device) for i in range(230)]
     special = noise(300, 1)
     special[7] = float("nan")
     yield "nan", [special.to(device), noise(9, 2).to(device)]
