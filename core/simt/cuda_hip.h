@@ -62,7 +62,7 @@ PB_FN void store8(u8 *p, U2 a) { *(Words2 *)p = Words2{a.v[0], a.v[1]}; }
 PB_FN u32 load4(const u8 *p) { return *(const Word *)p; }
 PB_FN void store4(u8 *p, u32 word) { *(Word *)p = word; }
 PB_FN i32 dot4(u32 a, u32 b, i32 c) {
-#if defined(__gfx1100__) || defined(__gfx1201__)
+#if defined(__GFX11__) || defined(__GFX12__)
   return __builtin_amdgcn_sudot4(true, i32(a), true, i32(b), c, false);
 #else
   return __builtin_amdgcn_sdot4(i32(a), i32(b), c, false);
