@@ -11,7 +11,13 @@
 #define __global__ __attribute__((global))
 #define __shared__ __attribute__((shared))
 #define __forceinline__ inline __attribute__((always_inline))
-#define __launch_bounds__(threads, ...) __attribute__((amdgpu_flat_work_group_size(1, threads)))
+#endif
+
+// Of an entry point. One group per multiprocessor is enough: with no such bound ptxas spills for the sake of occupancy.
+#ifdef __HIP__
+#define PB_GROUP_MAX(threads) __attribute__((amdgpu_flat_work_group_size(1, threads)))
+#else
+#define PB_GROUP_MAX(threads) __launch_bounds__(threads, 1)
 #endif
 
 #define PB_ADAPTOR
@@ -74,9 +80,9 @@ struct Wave {
   __device__ u32 group() const { return __builtin_amdgcn_workgroup_id_x(); }
   __device__ u32 group_dim() const { return __builtin_amdgcn_workgroup_size_x(); }
   __device__ u32 lane() const { return tid() % width(); }
-#if __has_builtin(__builtin_amdgcn_wavefrontsize)  // 64 on CDNA, 32 on RDNA
+#if __clang_major__ >= 18  // 64 on CDNA, 32 on RDNA
   __device__ u32 width() const { return __builtin_amdgcn_wavefrontsize(); }
-#else  // older than clang 18
+#else
   __device__ u32 width() const { return __AMDGCN_WAVEFRONT_SIZE; }
 #endif
   __device__ void barrier() const {
@@ -123,10 +129,9 @@ struct Wave {
 
 PB_FN void set_flag(u8 *p) { *(volatile u8 *)p = 1; }
 
-// The one entry point; a launch of the kernel K is a launch of entry<K>. One group per multiprocessor is enough: with
-// no such bound ptxas spills for the sake of occupancy.
+// The one entry point; a launch of the kernel K is a launch of entry<K>.
 template <class K>
-__global__ void __launch_bounds__(K::group_max, 1) entry(typename K::Args args) {
+__global__ void PB_GROUP_MAX(K::group_max) entry(typename K::Args args) {
   PB_SHARED(typename K::Local, local);
   K::run(Wave(), local, args);
 }

@@ -4,7 +4,7 @@
 
 #define PB_ENTRY(name, ...) \
   typedef __VA_ARGS__ name##_kernel; \
-  extern "C" __global__ void __launch_bounds__(name##_kernel::group_max, 1) name(name##_kernel::Args args) { \
+  extern "C" __global__ void PB_GROUP_MAX(name##_kernel::group_max) name(name##_kernel::Args args) { \
     PB_SHARED(name##_kernel::Local, local); \
     name##_kernel::run(pb::Wave(), local, args); \
   }
