@@ -207,28 +207,39 @@ class Bench:
     sources: list[Path] = field(init=False)
 
     def __post_init__(self) -> None:
-        """Write the samples; build what no mutant changes."""
+        """Copy the sources, so that they may change meanwhile; write the samples; build what no mutant changes."""
         import polybit
 
+        for tree in (Path("core"), EMULATOR):
+            shutil.copytree(ROOT / tree, self.original / tree)
         self.include = Path(polybit.__file__).parent / "include"
         script = ROOT / "tests" / "conformance" / "samples.py"
         options = [str(self.samples), "--every", str(self.every), "--ops", *sorted(self.ops)]
         subprocess.run([sys.executable, str(script), *options], check=True, stdout=subprocess.DEVNULL)
-        self.sources = [path.relative_to(ROOT) for path in sorted((ROOT / EMULATOR).glob("*.cpp"))]
+        self.sources = [path.relative_to(self.original) for path in sorted((self.original / EMULATOR).glob("*.cpp"))]
         program = [ROOT / f"tests/conformance/{name}.cpp" for name in ("conformance", "call", "samples")]
-        program.append(ROOT / "core/registry.cpp")
+        program.append(self.original / "core/registry.cpp")
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             work = [
-                pool.submit(self._compile, build, *program, "-I", ROOT / "core", "-ldl", "-o", self.program(build))
+                pool.submit(
+                    self._compile, build, *program, "-I", self.original / "core", "-ldl", "-o", self.program(build)
+                )
                 for build in self.builds
             ]
             for build, source in product(self.builds, self.sources):
                 if not self._has_kernels(source):
                     work.append(
-                        pool.submit(self._compile, build, "-c", ROOT / source, "-o", self.object(build, source))
+                        pool.submit(
+                            self._compile, build, "-c", self.original / source, "-o", self.object(build, source)
+                        )
                     )
             for one in work:
                 one.result()
+
+    @property
+    def original(self) -> Path:
+        """The sources as they are."""
+        return self.folder / "original"
 
     @property
     def samples(self) -> Path:
@@ -247,16 +258,15 @@ class Bench:
         compile_cpp(*BUILDS[build], f"-I{self.include}", *arguments)
 
     def _has_kernels(self, source: Path) -> bool:
-        return any(path.is_relative_to(KERNELS) for path in included(source))
+        return any(path.is_relative_to(KERNELS) for path in included(source, self.original))
 
     def killed_by(self, mutant: Mutant | None) -> str | None:
         """What killed a mutant, or the sources as they are for None; None if nothing did."""
         with tempfile.TemporaryDirectory(dir=self.folder) as name:
-            copy = Path(name)
-            for tree in (Path("core"), EMULATOR):
-                shutil.copytree(ROOT / tree, copy / tree)
+            copy = Path(name) / "mutant"
+            shutil.copytree(self.original, copy)
             if mutant:
-                (copy / mutant.file).write_text(mutant.apply((ROOT / mutant.file).read_text("utf-8")), "utf-8")
+                (copy / mutant.file).write_text(mutant.apply((copy / mutant.file).read_text("utf-8")), "utf-8")
             table = (copy / TABLE).read_text(encoding="utf-8")
             wanted = TABLE_ENTRY.sub(lambda entry: entry[0] if entry[1] in self.ops else "", table)
             (copy / TABLE).write_text(wanted, encoding="utf-8")
@@ -357,16 +367,16 @@ def main() -> int:
     files = [path.resolve().relative_to(ROOT) for path in options.files or sorted((ROOT / KERNELS).glob("*.h"))]
     results: list[Result] = []
     for file in files:
-        todo = mutants(file, (ROOT / file).read_text(encoding="utf-8"))
+        start = time.monotonic()
         ops = ops_of(file)
-        print(f"{file}: {len(todo)} mutants, ops: {', '.join(sorted(ops)) or 'none'}", flush=True)
-        if not todo:
+        if not mutants(file, (ROOT / file).read_text(encoding="utf-8")):
             continue
         if not ops:
             raise SystemExit(f"{file}: no launcher of {TABLE.parent} includes it")
         with tempfile.TemporaryDirectory() as folder:
-            start = time.monotonic()
             bench = Bench(Path(folder), ops, options.every)
+            todo = mutants(file, (bench.original / file).read_text(encoding="utf-8"))
+            print(f"{file}: {len(todo)} mutants, ops: {', '.join(sorted(ops))}", flush=True)
             if cause := bench.killed_by(None):
                 raise SystemExit(f"the sources as they are fail: {cause}")
             for result in run(bench, todo, options.jobs):
