@@ -102,10 +102,10 @@ MISUSE = {
     "correct_group_memory": "nothing",
     "exit_before_barrier": "divergent barrier: T at @2, thread 3 has left the kernel after the shuffle_xor at @1",
     "two_barriers": "divergent barrier: (T at @1, T at @2|T at @2, T at @1)",
-    "barrier_against_shuffle": r"deadlock: thread 0 at @2 waits in shuffle_xor \(1\d\d threads do\), "
-    r"thread 5 at @1 waits in barrier \([248] threads do\)",
-    "members_that_wait_in_a_circle": r"deadlock: thread 0 at @1 waits in shuffle_xor \([248] threads do\), "
-    r"thread 1 at @2 waits in shuffle_xor \([248] threads do\), thread 2 at @4 waits in barrier \(1\d\d threads do\)",
+    "barrier_against_shuffle": r"deadlock: thread 0 at @2 waits in shuffle_xor \(1\d\d in all\), "
+    r"thread 5 at @1 waits in barrier \([248] in all\)",
+    "members_that_wait_in_a_circle": r"deadlock: thread 0 at @1 waits in shuffle_xor \([248] in all\), "
+    r"thread 1 at @2 waits in shuffle_xor \([248] in all\), thread 2 at @4 waits in barrier \(1\d\d in all\)",
     "deadlock_at_many_places": "deadlock: " + ", ".join(rf"thread {i} at @{i + 1} .*?" for i in range(4)) + r", \.\.\.",
     "mixed_places": r"mixed collectives: (T at @1 C, T at @2 C|T at @2 C, T at @1 C)",
     "mixed_kinds": r"mixed collectives: (T at @1 \(shuffle_xor by 1, .*, T at @2 \(shuffle, |T at @2 .*, T at @1 )",

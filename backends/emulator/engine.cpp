@@ -328,7 +328,7 @@ class Machine {
     std::string text = "deadlock: ";
     for (size_t i = 0; i < places.size() && i < places_told; i++)
       text += (i ? ", " : "") + thread(places[i].first) + " waits in " + threads_[places[i].first].call.name + " (" +
-              std::to_string(places[i].second) + " threads do)";
+              std::to_string(places[i].second) + " in all)";
     return text + (places.size() > places_told ? ", ..." : "");
   }
 
