@@ -52,6 +52,11 @@ $(VENV)/nvcc: requirements-nvcc.txt $(VENV)/created
 	    "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" > $(BIN)/nvcc && chmod +x $(BIN)/nvcc; }
 	touch $@
 
+# clang, HIP's headers and device libraries, to check that the GPU kernels compile for AMD. Where they cannot be had, the
+# tests say so.
+build/rocm/made: requirements-rocm.txt tools/rocm_root.py | $(VENV)/created
+	-$(BIN)/python tools/rocm_root.py
+
 demo: $(VENV)/package $(VENV)/tools
 	POLYBIT_FALLBACK=error $(BIN)/python examples/demo.py
 
@@ -68,10 +73,10 @@ build/documentation:
 	  for package in *.deb; do dpkg-deb --extract $$package .; done && rm *.deb
 	mv $@.part $@
 
-test: $(VENV)/package $(VENV)/tools $(VENV)/nvcc
+test: $(VENV)/package $(VENV)/tools $(VENV)/nvcc build/rocm/made
 	$(PYTEST) -m "not slow"
 
-test-all: $(VENV)/package $(VENV)/tools $(VENV)/nvcc
+test-all: $(VENV)/package $(VENV)/tools $(VENV)/nvcc build/rocm/made
 	$(PYTEST)
 
 # mypy needs torch and the typed dependencies.
