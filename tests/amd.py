@@ -1,0 +1,103 @@
+"""Compile HIP for AMD's GPUs and read what came out, without a GPU: code objects, their notes and instructions."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import yaml
+from tools import missing, require_tool
+
+ROOT = Path(__file__).parent.parent
+WAVEFRONT = {"gfx90a": 64, "gfx942": 64, "gfx950": 64, "gfx1030": 32, "gfx1100": 32, "gfx1201": 32}
+GROUP_MEMORY_MAX = 65536
+
+
+def require_rocm_root() -> Path:
+    """The folder with llvm/bin/clang++ and HIP's headers: $ROCM_PATH, or what tools/rocm_root.py made."""
+    root = Path(os.environ.get("ROCM_PATH", ROOT / "build" / "rocm"))
+    if not (root / "llvm/bin/clang++").exists():
+        missing(
+            f"no HIP compiler in {root}: make build/rocm/made, which needs Debian's or Ubuntu's apt and the network"
+        )
+    return root
+
+
+def call(*command: str | Path, cwd: Path | None = None) -> str:
+    """What a command prints; the test fails with all of its output if the command does."""
+    done = subprocess.run(
+        [str(word) for word in command],
+        cwd=cwd,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout
+    return done.stdout
+
+
+def llvm(tool: str, *arguments: str | Path, cwd: Path | None = None) -> str:
+    """What one of the ROCm root's LLVM tools prints."""
+    return call(require_rocm_root() / "llvm/bin" / tool, *arguments, cwd=cwd)
+
+
+def compile_hip(
+    project: Path, build: Path, *definitions: str, architectures: tuple[str, ...] = tuple(WAVEFRONT)
+) -> None:
+    """Configure and build a CMake project that has the language HIP, warnings of CMake as errors."""
+    call(
+        require_tool("cmake"),
+        "-GNinja",
+        *("-S", project, "-B", build, "-Werror=dev"),
+        "-DCMAKE_BUILD_TYPE=Release",
+        f"-DCMAKE_MAKE_PROGRAM={require_tool('ninja')}",
+        f"-DCMAKE_HIP_COMPILER={require_rocm_root() / 'llvm/bin/clang++'}",
+        f"-DCMAKE_HIP_ARCHITECTURES={';'.join(architectures)}",
+        *definitions,
+    )
+    call(require_tool("cmake"), "--build", build)
+
+
+def code_objects(library: Path) -> dict[str, Path]:
+    """The code object of each architecture, extracted from a library into files beside it."""
+    if not [*library.parent.glob(f"{library.name}.*--gfx*")]:
+        llvm("llvm-objdump", "--offloading", library, cwd=library.parent)
+    return {path.name.rpartition("--")[2]: path for path in library.parent.glob(f"{library.name}.*--gfx*")}
+
+
+def notes_of(code_object: Path) -> dict[str, dict[str, Any]]:
+    """Of each kernel by name, what the compiler noted: ``.vgpr_count``, ``.group_segment_fixed_size`` in bytes ..."""
+    text = llvm("llvm-readelf", "--notes", code_object)
+    document = re.search(r"---\n(.*?)^\.\.\.", text, re.DOTALL | re.MULTILINE)
+    assert document, text
+    return {kernel[".name"]: kernel for kernel in yaml.safe_load(document[1])["amdhsa.kernels"]}
+
+
+def instructions_of(code_object: Path) -> dict[str, list[str]]:
+    """The names of the instructions of each function."""
+    functions: dict[str, list[str]] = {}
+    for block in llvm("llvm-objdump", "--disassemble", "--no-show-raw-insn", code_object).split("\n\n"):
+        name = re.search(r"^[0-9a-f]+ <(.+)>:$", block, re.MULTILINE)
+        if name:
+            functions[name[1]] = re.findall(r"^\s+(\w+)", block[name.end() :], re.MULTILINE)
+    return functions
+
+
+def undefined_symbols(library: Path) -> set[str]:
+    """What a library wants from others, without versions."""
+    lines = llvm("llvm-nm", "--dynamic", "--undefined-only", library).splitlines()
+    return {line.split()[-1].partition("@")[0] for line in lines}
+
+
+def check_resources(notes: dict[str, dict[str, Any]], wavefront: int) -> None:
+    """No register of a kernel is spilled, no private memory is used, and its group memory fits."""
+    for name, kernel in notes.items():
+        assert kernel[".wavefront_size"] == wavefront, name
+        for count in (".vgpr_spill_count", ".sgpr_spill_count", ".private_segment_fixed_size"):
+            assert kernel[count] == 0, f"{name}: {count} is {kernel[count]}"
+        assert kernel[".group_segment_fixed_size"] < GROUP_MEMORY_MAX, name
