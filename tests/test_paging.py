@@ -84,7 +84,9 @@ def test_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_another_device_says_so() -> None:
-    with pytest.raises(NotImplementedError, match="paged optimizer states live on the CPU so far"):
+    with pytest.raises(
+        NotImplementedError, match="paged optimizer states are for the CPU and the accelerator, not for meta"
+    ):
         paging.paged_zeros((10,), torch.float32, torch.device("meta"), None)
 
 

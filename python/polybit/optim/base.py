@@ -25,6 +25,7 @@ from polybit.optim.state import (
     moments,
     new_state,
 )
+from polybit.optim.windows import staged
 from polybit.spec.optim import NUMBERS, SKIP_NONFINITE, STOCHASTIC, Hyper
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -38,7 +39,8 @@ class Optimizer(torch.optim.Optimizer):
     Keyword arguments that all of them take:
         optim_bits: 32 or 8, the width of the states. 8 bits: blocks of 256, dynamic maps.
         min_8bit_size: parameters with fewer elements keep 32-bit states.
-        is_paged: keep large states in memory-mapped files, so that they may be larger than the memory.
+        is_paged: keep large states in memory-mapped files, so that they may be larger than the memory; those of
+            parameters on a GPU, in pinned host memory.
         page_folder: where these files are; default: TMPDIR, else /var/tmp, or what the system has in its place.
         stochastic_rounding: round new bf16 parameters up or down at random, with the right mean.
         seed: of that rounding, an integer; the same seed gives the same parameters.
@@ -167,9 +169,10 @@ class Optimizer(torch.optim.Optimizer):
             k, step, options = key[-3:]
             group = self.param_groups[k]
             hyper = self.hyper(group, step)._replace(grad_scale=-scale if group["maximize"] else scale)
-            for rule, part, numbers in launches(rules[k], batch, hyper, options):
-                _launch(rule, part, numbers, options, (group["seed"] * 0x10001 + step) * 0x101 + place)
-                place += 1
+            for window in staged(batch, key[2]):
+                for rule, part, numbers in launches(rules[k], window, hyper, options):
+                    _launch(rule, part, numbers, options, (group["seed"] * 0x10001 + step) * 0x101 + place)
+                    place += 1
             for _, state in batch:
                 state["step"] = step
 

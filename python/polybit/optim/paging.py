@@ -3,11 +3,7 @@
 On the CPU a state is a shared mapping of a file. The kernels walk through it once a step, in order, so the system reads
 ahead and writes behind, and needs no more memory than it likes to give.
 
-A GPU backend fits in behind paged_zeros and a hook before the launch, without changes to states or state dicts: states
-stay in host memory as here, the batch of a step is cut into windows of bounded size, and each window is copied into one
-of two pinned buffers and from there to the device on a second stream while the op works on the window before, then
-back. Device memory is two windows whatever the size of the model; the order of parameters is known, so the next window
-can always be fetched ahead.
+States of parameters on a GPU are in pinned host memory instead; polybit.optim.windows brings them to the device.
 """
 
 from __future__ import annotations
@@ -27,16 +23,22 @@ PAGED_NUMEL = 100_000
 
 
 def paged_zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device, folder: str | Path | None) -> Tensor:
-    """Zeros in a mapping of a file in `folder` (default: see default_folder), on the CPU.
+    """Zeros for a parameter on `device`, which may be the CPU or torch's accelerator.
 
-    The file has no name: its space is free as soon as the tensor, or the process, is gone, however it goes. Raises
-    NotImplementedError for another device, OSError if there is no room or no such folder.
+    On the CPU they are a mapping of a file in `folder` (default: see default_folder). The file has no name: its space
+    is free as soon as the tensor, or the process, is gone, however it goes. For an accelerator they are pinned, on the
+    CPU. Small states are on the device. Raises NotImplementedError for another device, OSError if there is no room or
+    no such folder.
     """
-    if device.type != "cpu":
-        raise NotImplementedError(f"paged optimizer states live on the CPU so far, the parameter is on {device}")
+    accelerator = torch.accelerator.current_accelerator()
+    on_accelerator = accelerator is not None and accelerator.type == device.type
+    if device.type != "cpu" and not on_accelerator:
+        raise NotImplementedError(f"paged optimizer states are for the CPU and the accelerator, not for {device}")
     numel = prod(shape)
     if numel < PAGED_NUMEL:
-        return torch.zeros(shape, dtype=dtype)
+        return torch.zeros(shape, dtype=dtype, device=device)
+    if on_accelerator:
+        return torch.zeros(shape, dtype=dtype, pin_memory=True)
     folder = folder or default_folder()
     with tempfile.TemporaryFile(prefix="polybit-state-", dir=folder) as file:
         reserve(file, numel * dtype.itemsize, folder)

@@ -128,6 +128,8 @@ def _like(param: Tensor, data: Tensor, whole: tuple[int, ...], stacked: bool) ->
     """`data`, this rank's part of a tensor of shape `whole`, distributed like the parameter."""
     if not is_distributed(param):
         return data
+    if data.device != local(param).device:  # DTensor would move it there
+        raise NotImplementedError("the states of a distributed parameter on a GPU cannot be paged: set is_paged=False")
     from torch.distributed.tensor import DTensor, Replicate, Shard
 
     placements = [Shard(p.dim + stacked) if p.is_shard() else Replicate() for p in param.placements]  # type: ignore[attr-defined]
