@@ -25,12 +25,10 @@ DTYPES = ("fp32", "fp16", "bf16")
 ARCHITECTURES = (75, 90, 120)
 PRODUCTS = ("matmul", "gemv")  # written with fma; elsewhere one would be a contraction
 # Of each kernel in core/kernels/entries.def that must have some, how many 16-byte loads.
+QUANTIZERS = ("blockwise", *(f"kbit{bits}{search}" for bits in (2, 3, 4) for search in ("", "_search")))
 WIDE_LOADS = {
-    f"quantize_kbit{bits}{search}_{dtype}": 2 if dtype == "fp32" else 1
-    for bits in (2, 3, 4)
-    for search in ("", "_search")
-    for dtype in DTYPES
-} | {"sum_chunks": 4, "scale_multi": 8}
+    f"quantize_{format}_{dtype}": 2 if dtype == "fp32" else 1 for format in QUANTIZERS for dtype in DTYPES
+} | {"quantize_absmax": 2, "sum_chunks": 4, "scale_multi": 8}
 
 
 def execute(*command: str | Path, **env: str) -> subprocess.CompletedProcess[str]:

@@ -2,6 +2,7 @@
 #ifndef PB_KERNELS_KERNELS_H
 #define PB_KERNELS_KERNELS_H
 
+#include "blockwise.h"
 #include "kbit.h"
 #include "multi.h"
 

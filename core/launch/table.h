@@ -2,6 +2,7 @@
 #ifndef PB_LAUNCH_TABLE_H
 #define PB_LAUNCH_TABLE_H
 
+#include "blockwise.h"
 #include "kbit.h"
 #include "multi.h"
 
@@ -16,8 +17,12 @@ constexpr pb_backend table(const char *name, DLDeviceType device_type, int64_t (
   b.name = name;
   b.device_type = device_type;
   b.probe = probe;
+  b.quantize_blockwise = quantize_blockwise<Device>;
+  b.dequantize_blockwise = dequantize_blockwise<Device>;
   b.quantize_kbit = quantize_kbit<Device>;
   b.dequantize_kbit = dequantize_kbit<Device>;
+  b.quantize_absmax = quantize_absmax<Device>;
+  b.dequantize_absmax = dequantize_absmax<Device>;
   b.sum_squares_multi = sum_squares_multi<Device>;
   b.scale_multi = scale_multi<Device>;
   return b;
