@@ -29,6 +29,9 @@ QUANTIZERS = ("blockwise", *(f"kbit{bits}{search}" for bits in (2, 3, 4) for sea
 WIDE_LOADS = {
     f"quantize_{format}_{dtype}": 2 if dtype == "fp32" else 1 for format in QUANTIZERS for dtype in DTYPES
 } | {"quantize_absmax": 2, "sum_chunks": 4, "scale_multi": 8}
+WIDE_LOADS |= {
+    f"matmul_kbit{form}_{dtype}": 2 if dtype == "fp32" else 1 for form in ("", "_transposed") for dtype in DTYPES
+}
 
 
 def execute(*command: str | Path, **env: str) -> subprocess.CompletedProcess[str]:

@@ -3,6 +3,7 @@
 #define PB_KERNELS_KERNELS_H
 
 #include "blockwise.h"
+#include "gemm.h"
 #include "kbit.h"
 #include "multi.h"
 

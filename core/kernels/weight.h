@@ -21,15 +21,21 @@ struct KbitWeight {
   i64 row_blocks;    // blocks in a row; used where block_stride is not 0
 };
 
-// The scale of a block from its code.
-PB_FN float nested_scale(KbitWeight w, u32 code, i64 block) {
-  const i64 place = w.block_stride ? w.block_offset + block / w.row_blocks * w.block_stride + block % w.row_blocks
-                                   : w.block_offset + block;
+// The scale of a block from its code. `place`: of the block, in the whole that was quantized.
+PB_FN float scale_at(KbitWeight w, u32 code, i64 place) {
   return w.nested_code[code] * w.nested_absmax[place >> 8] + *w.nested_offset;
+}
+PB_FN float nested_scale(KbitWeight w, u32 code, i64 block) {
+  const i64 skipped = w.block_stride ? block / w.row_blocks * (w.block_stride - w.row_blocks) : 0;
+  return scale_at(w, code, w.block_offset + block + skipped);
 }
 
 PB_FN float weight_scale(KbitWeight w, i64 block) {
   return w.absmax ? w.absmax[block] : nested_scale(w, w.absmax_q[block], block);
+}
+// The same for a weight without block_stride.
+PB_FN float weight_scale_in_sequence(KbitWeight w, i64 block) {
+  return w.absmax ? w.absmax[block] : scale_at(w, w.absmax_q[block], w.block_offset + block);
 }
 
 // The codes of elements first ... first + 7, packed; first is a multiple of 8. Codes behind the last of n are 0.

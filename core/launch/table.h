@@ -5,6 +5,7 @@
 #include "blockwise.h"
 #include "kbit.h"
 #include "multi.h"
+#include "matmul.h"
 
 namespace pb {
 namespace launch {
@@ -25,6 +26,10 @@ constexpr pb_backend table(const char *name, DLDeviceType device_type, int64_t (
   b.dequantize_absmax = dequantize_absmax<Device>;
   b.sum_squares_multi = sum_squares_multi<Device>;
   b.scale_multi = scale_multi<Device>;
+  b.matmul_kbit = matmul_kbit<Device>;
+  b.matmul_kbit_transposed = matmul_kbit_transposed<Device>;
+  b.matmul_kbit_grouped = matmul_kbit_grouped<Device>;
+  b.matmul_kbit_grouped_transposed = matmul_kbit_grouped_transposed<Device>;
   return b;
 }
 

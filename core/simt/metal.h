@@ -58,6 +58,16 @@ PB_FN U2 load8(device const u8 *p) {
   return r;
 }
 PB_FN void store8(device u8 *p, U2 a) { *(device uint2 *)p = uint2{a.v[0], a.v[1]}; }
+PB_FN U4 load16(threadgroup const u32 *p) {
+  const uint4 a = *(threadgroup const uint4 *)p;
+  U4 r;
+  r.v[0] = a.x;
+  r.v[1] = a.y;
+  r.v[2] = a.z;
+  r.v[3] = a.w;
+  return r;
+}
+PB_FN void store16(threadgroup u32 *p, U4 a) { *(threadgroup uint4 *)p = uint4{a.v[0], a.v[1], a.v[2], a.v[3]}; }
 PB_FN u32 load4(device const u8 *p) { return *(device const u32 *)p; }
 PB_FN void store4(device u8 *p, u32 word) { *(device u32 *)p = word; }
 PB_FN void set_flag(device u8 *p) { *p = 1; }

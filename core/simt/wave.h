@@ -7,7 +7,8 @@
 //   PB_UNROLL            stands before a loop
 //   u8 u16 u32 i32 i64   as_float as_u32 (bit casts)
 //   div_rn sqrt_rn       correctly rounded     fma_rn   one rounding     round_rn   to i32, ties to even, |x| < 2^31
-//   U4 load16(PB_GLOBAL const u32 *)   store16(PB_GLOBAL u32 *, U4)   one access, 16-byte aligned
+//   U4 load16(PB_GLOBAL const u32 *)   store16(PB_GLOBAL u32 *, U4)   one access, 16-byte aligned;
+//                                      for words of PB_LOCAL, too
 //   U2 load8(PB_GLOBAL const u8 *)     store8(PB_GLOBAL u8 *, U2)     one access, 8-byte aligned
 //   u32 load4(PB_GLOBAL const u8 *)    store4(PB_GLOBAL u8 *, u32)    one access, 4-byte aligned
 //   set_flag(PB_GLOBAL u8 *)           stores 1, whoever else may do so at the same time
