@@ -5,6 +5,7 @@
 #include "dtype.h"
 #include "weight.h"
 #include "reduce.h"
+#include "code256.h"
 
 #include "kernels_blockwise.inl"
 #include "kernels_kbit.inl"

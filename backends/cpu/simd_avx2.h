@@ -47,6 +47,13 @@ inline __m128i low_bytes(I a) {
   return _mm_unpacklo_epi32(_mm256_castsi256_si128(bytes), _mm256_extracti128_si256(bytes, 1));
 }
 inline void store_u8(uint8_t *p, I a) { _mm_storel_epi64((__m128i *)p, low_bytes(a)); }
+inline void store_u8x4(uint8_t *p, const I (&a)[4]) {
+  const I low = set1i(0xff);
+  const I b = _mm256_packus_epi32(_mm256_and_si256(a[0], low), _mm256_and_si256(a[1], low));
+  const I c = _mm256_packus_epi32(_mm256_and_si256(a[2], low), _mm256_and_si256(a[3], low));
+  const I halves = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);  // packus takes them by turns
+  _mm256_storeu_si256((I *)p, _mm256_permutevar8x32_epi32(_mm256_packus_epi16(b, c), halves));
+}
 
 inline F load_bf16(const uint16_t *p) {
   return as_float(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p)), 16));
@@ -114,6 +121,7 @@ inline F mul(F a, F b) { return _mm256_mul_ps(a, b); }
 inline F div(F a, F b) { return _mm256_div_ps(a, b); }
 inline F sqrt(F a) { return _mm256_sqrt_ps(a); }
 inline F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
+inline F madd(F a, F b, F c) { return fma(a, b, c); }
 inline F abs_(F a) { return _mm256_and_ps(a, as_float(set1i(0x7fffffff))); }
 inline F max(F a, F b) { return _mm256_max_ps(a, b); }
 inline F min(F a, F b) { return _mm256_min_ps(a, b); }
@@ -128,10 +136,13 @@ inline I and_(I a, I b) { return _mm256_and_si256(a, b); }
 inline I or_(I a, I b) { return _mm256_or_si256(a, b); }
 inline I xor_(I a, I b) { return _mm256_xor_si256(a, b); }
 inline I addi(I a, I b) { return _mm256_add_epi32(a, b); }
+inline I subi(I a, I b) { return _mm256_sub_epi32(a, b); }
 inline I maxi(I a, I b) { return _mm256_max_epi32(a, b); }
 inline I shl(I a, int n) { return _mm256_slli_epi32(a, n); }
 inline I shr(I a, int n) { return _mm256_srli_epi32(a, n); }
+inline I sar(I a, int n) { return _mm256_srai_epi32(a, n); }
 inline I shrv(I a, I n) { return _mm256_srlv_epi32(a, n); }
+inline I increment(I a, M m) { return _mm256_sub_epi32(a, as_int(m)); }
 inline I descend(I a, M m) { return _mm256_sub_epi32(_mm256_add_epi32(a, a), as_int(m)); }
 inline I cvt_rn(F a) { return _mm256_cvtps_epi32(a); }
 inline F to_float(I a) { return _mm256_cvtepi32_ps(a); }
@@ -152,7 +163,13 @@ inline I lookup16i(const Table16i &t, I i) { return as_int(lookup16(Table16{as_f
 inline F gather(const float *p, I i) { return _mm256_i32gather_ps(p, i, 4); }
 // Loads one by one: faster than a gather where the indices lie in memory.
 inline F gather_u8(const float *p, const uint8_t *q) {
-  return _mm256_setr_ps(p[q[0]], p[q[1]], p[q[2]], p[q[3]], p[q[4]], p[q[5]], p[q[6]], p[q[7]]);
+  uint32_t low, high;
+  __builtin_memcpy(&low, q, 4);
+  __builtin_memcpy(&high, q + 4, 4);
+  const auto at = [p](uint32_t i) { return _mm256_broadcast_ss(p + (i & 255)); };
+  const F a = _mm256_blend_ps(at(low), at(low >> 8), 0x02), b = _mm256_blend_ps(at(low >> 16), at(low >> 24), 0x08);
+  const F c = _mm256_blend_ps(at(high), at(high >> 8), 0x20), d = _mm256_blend_ps(at(high >> 16), at(high >> 24), 0x80);
+  return _mm256_blend_ps(_mm256_blend_ps(a, b, 0x0c), _mm256_blend_ps(c, d, 0xc0), 0xf0);
 }
 
 inline F hadd(F a, F b) {

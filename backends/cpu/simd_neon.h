@@ -52,6 +52,9 @@ inline void store_u8(uint8_t *p, I a) {
   const uint32_t word = vget_lane_u32(vreinterpret_u32_u8(bytes), 0);
   __builtin_memcpy(p, &word, 4);
 }
+inline void store_u8x4(uint8_t *p, const I (&a)[4]) {
+  for (int k = 0; k < 4; k++) store_u8(p + k * W, a[k]);
+}
 
 inline F load_bf16(const uint16_t *p) { return as_float(as_signed(vshll_n_u16(vld1_u16(p), 16))); }
 inline F load_f16(const uint16_t *p) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p))); }
@@ -126,6 +129,7 @@ inline F mul(F a, F b) { return vmulq_f32(a, b); }
 inline F div(F a, F b) { return vdivq_f32(a, b); }
 inline F sqrt(F a) { return vsqrtq_f32(a); }
 inline F fma(F a, F b, F c) { return vfmaq_f32(c, a, b); }
+inline F madd(F a, F b, F c) { return fma(a, b, c); }
 inline F abs_(F a) { return vabsq_f32(a); }
 inline M gt(F a, F b) { return vcgtq_f32(a, b); }
 inline M ge(F a, F b) { return vcgeq_f32(a, b); }
@@ -144,10 +148,13 @@ inline I and_(I a, I b) { return vandq_s32(a, b); }
 inline I or_(I a, I b) { return vorrq_s32(a, b); }
 inline I xor_(I a, I b) { return veorq_s32(a, b); }
 inline I addi(I a, I b) { return vaddq_s32(a, b); }
+inline I subi(I a, I b) { return vsubq_s32(a, b); }
 inline I maxi(I a, I b) { return vmaxq_s32(a, b); }
 inline I shl(I a, int n) { return vshlq_s32(a, vdupq_n_s32(n)); }
+inline I sar(I a, int n) { return vshlq_s32(a, vdupq_n_s32(-n)); }
 inline I shrv(I a, I n) { return as_signed(vshlq_u32(as_unsigned(a), vnegq_s32(n))); }
 inline I shr(I a, int n) { return shrv(a, vdupq_n_s32(n)); }
+inline I increment(I a, M m) { return vsubq_s32(a, as_signed(m)); }
 inline I descend(I a, M m) { return vsubq_s32(vaddq_s32(a, a), as_signed(m)); }
 inline I cvt_rn(F a) { return vcvtnq_s32_f32(a); }
 inline F to_float(I a) { return vcvtq_f32_s32(a); }

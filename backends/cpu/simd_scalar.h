@@ -52,6 +52,9 @@ inline void store_i(int32_t *p, I a) { *p = a; }
 inline I load_u8(const uint8_t *p) { return *p; }
 inline I load_s8(const int8_t *p) { return *p; }
 inline void store_u8(uint8_t *p, I a) { *p = (uint8_t)a; }
+inline void store_u8x4(uint8_t *p, const I (&a)[4]) {
+  for (int k = 0; k < 4; k++) store_u8(p + k * W, a[k]);
+}
 inline F load_bf16(const uint16_t *p) { return pb::bf16_to_float(*p); }
 inline F load_f16(const uint16_t *p) { return pb::half_to_float(*p); }
 inline void store_bf16(uint16_t *p, F a) { *p = pb::float_to_bf16(a); }
@@ -85,6 +88,8 @@ inline F mul(F a, F b) { return a * b; }
 inline F div(F a, F b) { return a / b; }
 inline F sqrt(F a) { return __builtin_sqrtf(a); }
 inline F fma(F a, F b, F c) { return __builtin_fmaf(a, b, c); }
+// a * b + c, rounded once or twice.
+inline F madd(F a, F b, F c) { return a * b + c; }
 inline F abs_(F a) { return as_float(as_int(a) & 0x7fffffff); }
 // Where one is NaN, b.
 inline F max(F a, F b) { return a > b ? a : b; }
@@ -100,10 +105,13 @@ inline I and_(I a, I b) { return a & b; }
 inline I or_(I a, I b) { return a | b; }
 inline I xor_(I a, I b) { return a ^ b; }
 inline I addi(I a, I b) { return (I)((uint32_t)a + (uint32_t)b); }
+inline I subi(I a, I b) { return (I)((uint32_t)a - (uint32_t)b); }
 inline I maxi(I a, I b) { return a > b ? a : b; }
 inline I shl(I a, int n) { return (I)((uint32_t)a << n); }
 inline I shr(I a, int n) { return (I)((uint32_t)a >> n); }
+inline I sar(I a, int n) { return a >> n; }
 inline I shrv(I a, I n) { return (I)((uint32_t)a >> n); }
+inline I increment(I a, M m) { return addi(a, m); }
 // 2 * a + (m ? 1 : 0): one step down a heap-ordered search tree.
 inline I descend(I a, M m) { return 2 * a + m; }
 

@@ -132,6 +132,7 @@ def quantize_samples(device: torch.device | str) -> Iterator[Sample]:
         small = torch.logspace(-38, 0, 2048) * noise(2048, 8).sign()
         small[::32] = 1.0
         small[100:103] = torch.tensor([float("nan"), 0.0, -0.0])
+        small[200] = float("inf")
         x = torch.cat([ties.reshape(-1).repeat(16_384 // ties.numel()), small, small * 1e-30, noise(4096, 9)])
         yield Sample(f"many-{name}", (x.to(device), code.to(device), 32))
 
