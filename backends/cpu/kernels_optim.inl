@@ -156,11 +156,8 @@ inline Vec load_state(const OptimCall &a, int64_t index, unsigned k, int64_t i, 
 inline float trust_ratio(pb_context *ctx, const OptimCall &a, const Call &call, int64_t index) {
   const DLTensor *param = a.params->tensors[index], *grad = a.grads->tensors[index];
   const int64_t n = numel(param);
-  const float of_param = tree_sum_parallel(ctx, n, [&](int64_t i, int lanes) {
-    const Vec p = load_as_float32(param, i, lanes);
-    return (p * p).v;
-  });
-  const float of_direction = tree_sum_parallel(ctx, n, [&](int64_t i, int lanes) {
+  float squares[2];  // of the parameter and of the direction, in one pass over memory
+  const auto leaf = [&](int64_t i, int lanes, simd::F(&values)[2]) {
     const Vec p = load_as_float32(param, i, lanes), raw = load_as_float32(grad, i, lanes);
     Vec g = pb::optim_gradient(p, raw, call.hyper, call.coupled);
     if (a.rule == pb::rule_lamb) {
@@ -168,12 +165,17 @@ inline float trust_ratio(pb_context *ctx, const OptimCall &a, const Call &call, 
       g = pb::lamb_direction(p, pb::adam_moments(g, m, call.hyper), call.hyper);
     }
     if (call.skip_nonfinite) g = select(is_finite(raw), g, {simd::zero()});
-    float squares[simd::W];  // lanes behind the end need not be 0
-    simd::store(squares, (g * g).v);
-    return simd::load_n(squares, lanes);
-  });
+    values[0] = (p * p).v;
+    values[1] = (g * g).v;
+    if (lanes < simd::W) {  // the others need not be 0
+      float those[simd::W];
+      simd::store(those, values[1]);
+      values[1] = simd::load_n(those, lanes);
+    }
+  };
+  tree_sums<2>(ctx, n, leaf, squares);
   const pb::Hyper<float> h = *data<const pb::Hyper<float>>(a.hyper);
-  return pb::optim_trust(a.rule, __builtin_sqrtf(of_param), __builtin_sqrtf(of_direction), h.trust, h.decay);
+  return pb::optim_trust(a.rule, __builtin_sqrtf(squares[0]), __builtin_sqrtf(squares[1]), h.trust, h.decay);
 }
 
 pb_status optimize(pb_context *ctx, const OptimCall &a, const Code256 *encode) {

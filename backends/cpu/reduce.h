@@ -23,47 +23,61 @@ inline uint32_t absmax_bits(const float *x, int64_t n) {
   return (uint32_t)simd::reduce_maxi(simd::maxi(m0, m1));
 }
 
-// The tree sum of leaf(i), i = 0, W, 2W, ... < n: W values each, zeros behind the end. A binary counter: level[k] waits
-// for its neighbour.
-template <class Leaf>
-inline float tree_sum_of(int64_t n, const Leaf &leaf) {
-  simd::F level[64];
+// N tree sums of what leaf(i, values) puts there, i = 0, W, 2W, ... < n: W values each, zeros behind the end. A binary
+// counter: level[k] waits for its neighbour.
+template <int N, class Leaf>
+inline void tree_sums_of(int64_t n, const Leaf &leaf, float (&sums)[N]) {
+  simd::F level[64][N], sum[N];
   const int64_t vectors = ceil_div(n, simd::W);
   int64_t padded = 1;
   while (padded < vectors) padded *= 2;
-  simd::F sum = simd::zero();
   for (int64_t v = 0; v < padded; v++) {
-    sum = v < vectors ? leaf(v * simd::W) : simd::zero();
+    for (int j = 0; j < N; j++) sum[j] = simd::zero();
+    if (v < vectors) leaf(v * simd::W, sum);
     int k = 0;
-    for (; v >> k & 1; k++) sum = simd::hadd(level[k], sum);
-    level[k] = sum;
+    for (; v >> k & 1; k++)
+      for (int j = 0; j < N; j++) sum[j] = simd::hadd(level[k][j], sum[j]);
+    for (int j = 0; j < N; j++) level[k][j] = sum[j];
   }
-  return simd::reduce_add(sum);
+  for (int j = 0; j < N; j++) sums[j] = simd::reduce_add(sum[j]);
 }
 
-// The tree sum of leaf(i, lanes), i = 0, W, 2W, ... < n, by all threads; lanes: how many of the W count. Aligned chunks
-// of a power of two are subtrees, so threads may take them.
-template <class Leaf>
-inline float tree_sum_parallel(pb_context *ctx, int64_t n, const Leaf &leaf) {
+// The same of leaf(i, lanes, values) by all threads; lanes: how many of the W count. Aligned chunks of a power of two
+// are subtrees, so threads may take them.
+template <int N, class Leaf>
+inline void tree_sums(pb_context *ctx, int64_t n, const Leaf &leaf, float (&sums)[N]) {
   enum { most = 1024 };
-  float partial[most];
+  float partial[most][N];
   int64_t chunk = 4096;
   while (ceil_div(n, chunk) > most) chunk *= 2;
   parallel(ctx, ceil_div(n, chunk), grain_of(chunk), [&](int64_t begin, int64_t end) {
     for (int64_t c = begin; c < end; c++) {
       const int64_t start = c * chunk, count = min64(chunk, n - start);
-      partial[c] = tree_sum_of(count, [&](int64_t i) { return leaf(start + i, (int)min64(simd::W, count - i)); });
+      tree_sums_of<N>(
+          count, [&](int64_t i, simd::F(&values)[N]) { leaf(start + i, (int)min64(simd::W, count - i), values); },
+          partial[c]);
     }
   });
   const int64_t parts = ceil_div(n, chunk);
-  return tree_sum_of(parts, [&](int64_t i) { return simd::load_n(partial + i, (int)min64(simd::W, parts - i)); });
+  const auto of_parts = [&](int64_t i, simd::F(&values)[N]) {
+    for (int j = 0; j < N; j++) {
+      float column[simd::W] = {};
+      for (int k = 0; k < min64(simd::W, parts - i); k++) column[k] = partial[i + k][j];
+      values[j] = simd::load(column);
+    }
+  };
+  tree_sums_of<N>(parts, of_parts, sums);
 }
 
 // The tree sum of map(x[i]) over a whole tensor.
 template <class D, class Map>
 inline float tree_sum(pb_context *ctx, D, const typename D::type *x, int64_t n, const Map &map) {
-  return tree_sum_parallel(
-      ctx, n, [&](int64_t i, int lanes) { return map(lanes == simd::W ? D::load(x + i) : D::load_n(x + i, lanes)); });
+  float sum[1];
+  const auto leaf = [&](int64_t i, int lanes, simd::F(&values)[1]) {
+    values[0] = map(lanes == simd::W ? D::load(x + i) : D::load_n(x + i, lanes));
+  };
+  tree_sums<1>(ctx, n, leaf, sum);
+  return sum[0];
 }
 
 }  // namespace
