@@ -73,7 +73,9 @@ def test_a_removed_barrier_is_killed_and_an_equivalent_mutant_survives(tmp_path:
     same = mutate.Mutant(KBIT, "bound", at, at + 11, "a.n > first", 0, "first < a.n", "a.n > first")
     broken = mutate.Mutant(KBIT, "bound", at, at + 11, "first < nothing", 0, "first < a.n", "first < nothing")
     assert mutate.ops_of(KBIT) >= {"quantize_kbit", "dequantize_kbit"}
-    bench = mutate.Bench(tmp_path, {"dequantize_kbit"}, every=3, builds=["plain"])
+    bench = mutate.Bench(
+        tmp_path, {"dequantize_kbit"}, [mutate.Stage("plain", 3, [("ascending", 32), ("shuffled", 16)])]
+    )
     killed, survived, failed = mutate.run(bench, [barrier, same, broken], 2)
     assert killed.killed_by.startswith("emulator:") and "dequantize_kbit" in killed.killed_by
     assert survived == mutate.Result(same)

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Mutate the kernels of core/kernels one place at a time and count how many mutants the emulator's samples kill.
 
-``python tools/mutate.py [FILE ...] [--jobs N] [--every N]``
+``python tools/mutate.py [FILE ...] [--jobs N]``
 
 Kinds of mutants:
 
@@ -10,10 +10,10 @@ Kinds of mutants:
 - bound: a comparison is weakened, and strengthened, by one; ``==`` and ``!=`` are exchanged;
 - mask: ``x & m`` becomes ``x``.
 
-The emulator is built with each mutant (the ops that its file has no part in left out) and held to the samples at every
-width and schedule, by the conformance program of tests/conformance, until one fails. A crash or a hang kills, too. What
-survives is built again with AddressSanitizer and UndefinedBehaviorSanitizer, and run once at each width. A mutant that
-does not compile is none.
+The emulator is built with each mutant (the ops that its file has no part in left out) and held to the samples by the
+conformance program of tests/conformance until one fails: first some samples, then all of them at every width and
+schedule, then, built again with AddressSanitizer and UndefinedBehaviorSanitizer, once at each width. A crash or a hang
+kills, too. A mutant that does not compile is none.
 
 tools/mutate.json explains survivors that are equivalent to the original; an explanation that explains nothing is an
 error. Exit status 1: less than 95% of the mutants that are not explained were killed, or such an error.
@@ -49,7 +49,23 @@ BUILDS = {
     "sanitized": ["-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
 }
 ORDERS, WIDTHS = ("ascending", "descending", "shuffled"), (32, 16, 64)
-RUNS = {"plain": list(product(ORDERS, WIDTHS)), "sanitized": list(zip(ORDERS, WIDTHS))}
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What a mutant must survive: a build, every n-th sample, and these schedules and widths."""
+
+    build: str
+    every: int
+    runs: Sequence[tuple[str, int]]
+
+
+# The first one is quick and kills most.
+STAGES = (
+    Stage("plain", 5, list(zip(ORDERS, WIDTHS))),
+    Stage("plain", 1, list(product(ORDERS, WIDTHS))),
+    Stage("sanitized", 1, list(zip(ORDERS, WIDTHS))),
+)
 
 
 @dataclass(frozen=True)
@@ -202,8 +218,7 @@ class Bench:
 
     folder: Path
     ops: Collection[str]
-    every: int = 1  # take every n-th sample
-    builds: Sequence[str] = tuple(BUILDS)
+    stages: Sequence[Stage] = STAGES
     sources: list[Path] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -214,8 +229,9 @@ class Bench:
             shutil.copytree(ROOT / tree, self.original / tree)
         self.include = Path(polybit.__file__).parent / "include"
         script = ROOT / "tests" / "conformance" / "samples.py"
-        options = [str(self.samples), "--every", str(self.every), "--ops", *sorted(self.ops)]
-        subprocess.run([sys.executable, str(script), *options], check=True, stdout=subprocess.DEVNULL)
+        for every in {stage.every for stage in self.stages}:
+            options = [str(self.samples(every)), "--every", str(every), "--ops", *sorted(self.ops)]
+            subprocess.run([sys.executable, str(script), *options], check=True, stdout=subprocess.DEVNULL)
         self.sources = [path.relative_to(self.original) for path in sorted((self.original / EMULATOR).glob("*.cpp"))]
         program = [ROOT / f"tests/conformance/{name}.cpp" for name in ("conformance", "call", "samples")]
         program.append(self.original / "core/registry.cpp")
@@ -242,9 +258,13 @@ class Bench:
         return self.folder / "original"
 
     @property
-    def samples(self) -> Path:
-        """The samples of the ops."""
-        return self.folder / "samples"
+    def builds(self) -> list[str]:
+        """The builds of the stages."""
+        return list(dict.fromkeys(stage.build for stage in self.stages))
+
+    def samples(self, every: int) -> Path:
+        """Every n-th sample of the ops."""
+        return self.folder / f"samples-{every}"
 
     def program(self, build: str) -> Path:
         """The conformance program."""
@@ -270,22 +290,23 @@ class Bench:
             table = (copy / TABLE).read_text(encoding="utf-8")
             wanted = TABLE_ENTRY.sub(lambda entry: entry[0] if entry[1] in self.ops else "", table)
             (copy / TABLE).write_text(wanted, encoding="utf-8")
-            for build in self.builds:
-                cause = self._run(build, self._library(build, copy))
-                if cause:
+            library, built = copy / "libpolybit_emulator.so", ""
+            for stage in self.stages:
+                if stage.build != built:
+                    self._link(stage.build, copy, library)
+                    built = stage.build
+                if cause := self._run(stage, library):
                     return cause
         return None
 
-    def _library(self, build: str, copy: Path) -> Path:
-        library = copy / "libpolybit_emulator.so"
+    def _link(self, build: str, copy: Path, library: Path) -> None:
         parts = [copy / s if self._has_kernels(s) else self.object(build, s) for s in self.sources]
         self._compile(build, "-shared", *parts, "-o", library)
-        return library
 
-    def _run(self, build: str, library: Path) -> str | None:
-        for order, width in RUNS[build]:
+    def _run(self, stage: Stage, library: Path) -> str | None:
+        for order, width in stage.runs:
             backend = f"emulator:{width}"
-            command = [str(self.program(build)), str(self.samples), str(library), backend]
+            command = [str(self.program(stage.build)), str(self.samples(stage.every)), str(library), backend]
             env = {**os.environ, "POLYBIT_EMULATOR_ORDER": order}
             try:
                 done = subprocess.run(
@@ -295,7 +316,7 @@ class Bench:
                 return f"{backend} {order}: no end after {TIMEOUT:.0f} s"
             if done.returncode:
                 said = next((line for line in done.stderr.splitlines() if line.strip("= ")), "")
-                return f"{backend} {order}, {build}: {said or f'exit status {done.returncode}'}"
+                return f"{backend} {order}, {stage.build}: {said or f'exit status {done.returncode}'}"
         return None
 
 
@@ -362,7 +383,6 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("files", nargs="*", type=Path, help="of core/kernels; all if none is named")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="mutants at a time (default: one per core)")
-    parser.add_argument("--every", type=int, default=1, metavar="N", help="take every N-th sample of each op")
     options = parser.parse_args()
     files = [path.resolve().relative_to(ROOT) for path in options.files or sorted((ROOT / KERNELS).glob("*.h"))]
     results: list[Result] = []
@@ -374,7 +394,7 @@ def main() -> int:
         if not ops:
             raise SystemExit(f"{file}: no launcher of {TABLE.parent} includes it")
         with tempfile.TemporaryDirectory() as folder:
-            bench = Bench(Path(folder), ops, options.every)
+            bench = Bench(Path(folder), ops)
             todo = mutants(file, (bench.original / file).read_text(encoding="utf-8"))
             print(f"{file}: {len(todo)} mutants, ops: {', '.join(sorted(ops))}", flush=True)
             if cause := bench.killed_by(None):

@@ -277,6 +277,31 @@ def quantize_samples(device: torch.device | str) -> Iterator[Sample]:
         ties = torch.cat([torch.ones(len(ties), 1), ties], 1)
         for search in (0, 1):
             yield Sample(f"{name}-ties-search={search}", (ties.to(device), *book, 16, bits, search))
+        # A value alone in its block, and the largest value with others: the searched scale may leave the range of fp32.
+        largest, smallest = torch.finfo(torch.float32).max, SMALLEST_NORMAL
+        alone = [
+            1.0,
+            -1.0,
+            0.3,
+            -7.0,
+            65504.0,
+            1e-30,
+            largest,
+            -largest,
+            3e38,
+            -3e38,
+            smallest,
+            -smallest,
+            2 * smallest,
+        ]
+        crowd = noise((4, 16), 10).tanh() * largest
+        crowd[:, 0] = largest
+        extremes = torch.cat([torch.nn.functional.pad(torch.tensor(alone)[:, None], (2, 13)), crowd])
+        yield Sample(f"{name}-extremes-search", (extremes.to(device), *book, 16, bits, 1))
+        # Behind an odd end whose block has a NaN stand codes of 0.
+        tail = noise(37, 11)
+        tail[33] = float("nan")
+        yield Sample(f"{name}-nan-tail", (tail.to(device), *book, 16, bits, 0))
         # More blocks than threads, so that every thread has a range of its own.
         yield Sample(f"{name}-many", (noise(40003, 8).to(device), *book, 64, bits, 0))
         yield Sample(f"{name}-many-search", (noise(20003, 9).to(device), *book, 32, bits, 1))
