@@ -57,6 +57,11 @@ $(VENV)/nvcc: requirements-nvcc.txt $(VENV)/created
 build/rocm/made: requirements-rocm.txt tools/rocm_root.py | $(VENV)/created
 	-$(BIN)/python tools/rocm_root.py
 
+# DPC++ as a library, and the CPU as an OpenCL device for it; x86-64 Linux alone has them. Where not, the tests say so.
+build/sycl/made: requirements-sycl.txt | $(VENV)/created
+	rm -rf build/sycl
+	-$(PIP) install --quiet --no-deps --ignore-installed --prefix build/sycl -r $< && touch $@
+
 demo: $(VENV)/package $(VENV)/tools
 	POLYBIT_FALLBACK=error $(BIN)/python examples/demo.py
 
@@ -73,10 +78,10 @@ build/documentation:
 	  for package in *.deb; do dpkg-deb --extract $$package .; done && rm *.deb
 	mv $@.part $@
 
-test: $(VENV)/package $(VENV)/tools $(VENV)/nvcc build/rocm/made
+test: $(VENV)/package $(VENV)/tools $(VENV)/nvcc build/rocm/made build/sycl/made
 	$(PYTEST) -m "not slow"
 
-test-all: $(VENV)/package $(VENV)/tools $(VENV)/nvcc build/rocm/made
+test-all: $(VENV)/package $(VENV)/tools $(VENV)/nvcc build/rocm/made build/sycl/made
 	$(PYTEST)
 
 # mypy needs torch and the typed dependencies.

@@ -5,8 +5,8 @@ A row is a Python, pins that replace those of constraints.txt, an environment an
 with the same Python and pins share a virtual environment under build/matrix. What is missing here skips a row, with the
 reason; with CI=true that is a failure, unless the row is optional (hosted runners have different CPUs).
 
-The "portable" selection leaves out what the rows linux, cuda-compile, hip-compile and metal-check run. A test that
-cannot pass in a row is named there with the reason.
+The "portable" selection leaves out what the rows linux, cuda-compile, hip-compile, sycl-cpu and metal-check run. A test
+that cannot pass in a row is named there with the reason.
 """
 
 from __future__ import annotations

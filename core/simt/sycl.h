@@ -1,0 +1,100 @@
+// The adaptor for SYCL (DPC++). A wave is a sub-group, whose size the entry point requires: compile with
+// -DPB_SUB_GROUP=16, 32 or 64. Also plain C++ for the host, which gets the types of the kernels from it.
+#ifndef PB_SIMT_SYCL_H
+#define PB_SIMT_SYCL_H
+
+#include <stdint.h>
+
+#include <sycl/sycl.hpp>
+#ifdef __clang__
+#pragma clang fp contract(off)
+#endif
+
+#ifndef PB_SUB_GROUP
+#define PB_SUB_GROUP 16
+#endif
+
+static_assert(PB_SUB_GROUP == 16 || PB_SUB_GROUP == 32 || PB_SUB_GROUP == 64,
+              "the kernels are for waves of 16, 32, 64");
+
+#define PB_ADAPTOR
+#define PB_FN static inline
+#define PB_GLOBAL
+#define PB_LOCAL
+#define PB_PRIVATE
+#define PB_UNROLL _Pragma("unroll")
+
+namespace pb {
+typedef uint8_t u8;
+typedef uint16_t u16;
+typedef uint32_t u32;
+typedef int32_t i32;
+typedef int64_t i64;
+
+PB_FN float as_float(u32 bits) { return sycl::bit_cast<float>(bits); }
+PB_FN u32 as_u32(float x) { return sycl::bit_cast<u32>(x); }
+PB_FN float div_rn(float a, float b) { return a / b; }  // with -foffload-fp32-prec-div
+PB_FN float sqrt_rn(float a) { return sycl::sqrt(a); }  // with -foffload-fp32-prec-sqrt
+PB_FN float fma_rn(float a, float b, float c) { return sycl::fma(a, b, c); }
+PB_FN i32 round_rn(float x) { return i32(sycl::rint(x)); }
+
+// GCC's vectors, so that the host's compiler reads this, too.
+typedef u32 Words4 __attribute__((vector_size(16), may_alias));
+typedef u32 Words2 __attribute__((vector_size(8), may_alias));
+typedef u32 Word __attribute__((may_alias));
+struct U4 {
+  u32 v[4];
+};
+struct U2 {
+  u32 v[2];
+};
+PB_FN U4 load16(const u32 *p) {
+  const Words4 a = *(const Words4 *)p;
+  return U4{{a[0], a[1], a[2], a[3]}};
+}
+PB_FN void store16(u32 *p, U4 a) { *(Words4 *)p = Words4{a.v[0], a.v[1], a.v[2], a.v[3]}; }
+PB_FN U2 load8(const u8 *p) {
+  const Words2 a = *(const Words2 *)p;
+  return U2{{a[0], a[1]}};
+}
+PB_FN void store8(u8 *p, U2 a) { *(Words2 *)p = Words2{a.v[0], a.v[1]}; }
+PB_FN u32 load4(const u8 *p) { return *(const Word *)p; }
+PB_FN void store4(u8 *p, u32 word) { *(Word *)p = word; }
+PB_FN void set_flag(u8 *p) { *(volatile u8 *)p = 1; }
+PB_FN i32 dot4(u32 a, u32 b, i32 c) {
+  PB_UNROLL
+  for (u32 k = 0; k < 32; k += 8) c += i32(int8_t(a >> k)) * i32(int8_t(b >> k));
+  return c;
+}
+
+struct Wave {
+  sycl::nd_item<1> item;
+  u32 tid() const { return u32(item.get_local_linear_id()); }
+  u32 group() const { return u32(item.get_group(0)); }
+  u32 group_dim() const { return u32(item.get_local_range(0)); }
+  u32 lane() const { return tid() % width(); }
+  u32 width() const { return PB_SUB_GROUP; }
+  void barrier() const { sycl::group_barrier(item.get_group()); }
+  u32 shuffle_xor(u32 value, u32 mask) const { return sycl::permute_group_by_xor(item.get_sub_group(), value, mask); }
+};
+}  // namespace pb
+
+// An entry point of a kernel: a free function, because run-time compilation finds no other. Its parameters are the
+// kernel's arguments, by value, and an accessor to one Local; each in a type that can be declared by its name alone,
+// which DPC++ wants of them.
+#define PB_SYCL_PROPERTY(property) SYCL_EXT_ONEAPI_FUNCTION_PROPERTY((sycl::ext::oneapi::experimental::property))
+#define PB_SYCL_ENTRY(name, ...) \
+  typedef __VA_ARGS__ name##_kernel; \
+  struct name##_args { \
+    name##_kernel::Args args; \
+  }; \
+  struct name##_local { \
+    name##_kernel::Local local; \
+  }; \
+  extern "C" SYCL_EXTERNAL PB_SYCL_PROPERTY(nd_range_kernel<1>) PB_SYCL_PROPERTY( \
+      sub_group_size<PB_SUB_GROUP>) void name(name##_args a, sycl::local_accessor<name##_local, 1> l) { \
+    name##_kernel::run(pb::Wave{sycl::ext::oneapi::this_work_item::get_nd_item<1>()}, &l[0].local, a.args); \
+  }
+
+#include "wave.h"
+#endif
