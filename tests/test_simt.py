@@ -28,7 +28,7 @@ PRODUCTS = ("matmul", "gemv")  # written with fma; elsewhere one would be a cont
 QUANTIZERS = ("blockwise", *(f"kbit{bits}{search}" for bits in (2, 3, 4) for search in ("", "_search")))
 WIDE_LOADS = {
     f"quantize_{format}_{dtype}": 2 if dtype == "fp32" else 1 for format in QUANTIZERS for dtype in DTYPES
-} | {"quantize_absmax": 2, "sum_chunks": 4, "scale_multi": 8}
+} | {"quantize_absmax": 2, "copy_bytes": 1, "sum_chunks": 4, "scale_multi": 8}
 WIDE_LOADS |= {
     f"matmul_kbit{form}_{dtype}": 2 if dtype == "fp32" else 1 for form in ("", "_transposed") for dtype in DTYPES
 }

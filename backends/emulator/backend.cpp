@@ -51,6 +51,7 @@ pb_status run(pb_context *ctx, int64_t groups, uint32_t group_dim, uint32_t widt
 
 template <uint32_t WIDTH>
 struct Emulator {
+  static constexpr bool host_memory = true;
   static uint32_t width(pb_context *) { return WIDTH; }
   template <class K>
   static pb_status launch(pb_context *ctx, int64_t groups, uint32_t group_dim, const typename K::Args &args) {

@@ -3,6 +3,8 @@
 #define PB_KERNELS_KERNELS_H
 
 #include "blockwise.h"
+#include "copy.h"
+#include "gather.h"
 #include "gemm.h"
 #include "kbit.h"
 #include "multi.h"

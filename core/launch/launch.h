@@ -3,6 +3,7 @@
 //
 //   struct Device {
 //     static u32 width(pb_context *ctx);   // of a wave; the same for all launches of the context's device
+//     static constexpr bool host_memory;   // may be left out: whether the host can read the tensors at once
 //     template <class K>
 //     static pb_status launch(pb_context *ctx, i64 groups, u32 group_dim, const typename K::Args &args);
 //   };
@@ -15,6 +16,7 @@
 #include <cstdarg>
 #include <cstdint>
 #include <cstdio>
+#include <type_traits>
 
 #include "../polybit.h"
 
@@ -63,6 +65,11 @@ pb_status with_float(pb_context *ctx, const DLTensor *t, const F &f) {
   if (is_bf16(t)) return f(Bf16());
   return fail(ctx, PB_UNSUPPORTED, "fp32, fp16 or bf16 is wanted");
 }
+
+template <class Device, class = void>
+constexpr bool host_memory = false;
+template <class Device>
+constexpr bool host_memory<Device, std::void_t<decltype(Device::host_memory)>> = Device::host_memory;
 
 // Parts of the context's scratch, 64-byte aligned. First take all of them, then ask whether they are there.
 class Scratch {

@@ -3,9 +3,11 @@
 #define PB_LAUNCH_TABLE_H
 
 #include "blockwise.h"
+#include "gather.h"
 #include "kbit.h"
-#include "multi.h"
 #include "matmul.h"
+#include "multi.h"
+#include "pack.h"
 
 namespace pb {
 namespace launch {
@@ -24,6 +26,11 @@ constexpr pb_backend table(const char *name, DLDeviceType device_type, int64_t (
   b.dequantize_kbit = dequantize_kbit<Device>;
   b.quantize_absmax = quantize_absmax<Device>;
   b.dequantize_absmax = dequantize_absmax<Device>;
+  b.pack_size_kbit = pack_size_kbit<Device>;
+  b.pack_kbit = pack_kbit<Device>;
+  b.unpack_kbit = unpack_kbit<Device>;
+  b.gather_kbit = gather_kbit<Device>;
+  b.gather_int8 = gather_int8<Device>;
   b.sum_squares_multi = sum_squares_multi<Device>;
   b.scale_multi = scale_multi<Device>;
   b.matmul_kbit = matmul_kbit<Device>;
