@@ -14,6 +14,7 @@ from tools import require_tool, run_python
 import polybit
 from polybit.backends import list_backends
 from polybit.spec import OPS
+from polybit.spec.optim import RULES
 
 ROOT = Path(__file__).parent.parent
 SOURCES = ROOT / "tests" / "simt"
@@ -32,6 +33,12 @@ WIDE_LOADS = {
 WIDE_LOADS |= {
     f"matmul_kbit{form}_{dtype}": 2 if dtype == "fp32" else 1 for form in ("", "_transposed") for dtype in DTYPES
 }
+# Of the optimizers: parameter and gradient in each of three dtypes, and states in fp32.
+for name, rule in RULES.items():
+    WIDE_LOADS[f"optimizer_32bit_{name}"] = 8 + 2 * rule.states
+    if rule.states:
+        WIDE_LOADS[f"optimizer_8bit_{name}"] = 8
+WIDE_LOADS |= {"optimizer_32bit_lamb_norms": 12, "optimizer_8bit_lamb_norms": 8, "optimizer_lars_norms": 8}
 
 
 def execute(*command: str | Path, **env: str) -> subprocess.CompletedProcess[str]:

@@ -8,5 +8,6 @@
 #include "gemm.h"
 #include "kbit.h"
 #include "multi.h"
+#include "optim.h"
 
 #endif

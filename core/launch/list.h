@@ -40,14 +40,15 @@ class ListEntry {
 // groups work on it: with 0 the tensor is passed over.
 template <class Device, class K, class Fill>
 pb_status launch_list(pb_context *ctx, i64 count, typename K::Args args, const Fill &fill) {
-  auto &list = args.list;
+  typedef decltype(args.list) Lists;
+  Lists &list = args.list;
   for (list.base = 0; list.base < count; list.base += list.count) {
     const i64 left = count - list.base, capacity = list.capacity;
     list.count = left < capacity ? left : capacity;
     i64 groups = 0;
     for (i64 i = 0; i < list.count; i++) {
       list.first_group[i] = groups;
-      groups += fill(ListEntry<list.pointers>(&list, i));
+      groups += fill(ListEntry<Lists::pointers>(&list, i));
     }
     PB_TRY(Device::template launch<K>(ctx, groups, K::group_max, args));
   }

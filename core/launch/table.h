@@ -7,6 +7,7 @@
 #include "kbit.h"
 #include "matmul.h"
 #include "multi.h"
+#include "optim.h"
 #include "pack.h"
 
 namespace pb {
@@ -37,6 +38,8 @@ constexpr pb_backend table(const char *name, DLDeviceType device_type, int64_t (
   b.matmul_kbit_transposed = matmul_kbit_transposed<Device>;
   b.matmul_kbit_grouped = matmul_kbit_grouped<Device>;
   b.matmul_kbit_grouped_transposed = matmul_kbit_grouped_transposed<Device>;
+  b.optimizer_32bit = optimizer_32bit<Device>;
+  b.optimizer_8bit = optimizer_8bit<Device>;
   return b;
 }
 

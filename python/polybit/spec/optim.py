@@ -405,7 +405,7 @@ def cases(device: torch.device | str) -> Iterator[tuple[str, str, list[Tensor], 
             yield f"{name}-special-options={options}", name, *tensors, settings(name, 2), options
         zeros = [torch.zeros(300, device=device)], [torch.zeros(300, device=device)]
         yield f"{name}-zeros", name, *zeros, settings(name, 3), 0
-    for name in ("adam", "lion"):  # so many that a backend may prepare tables for them
+    for name in ("adam", "lion", "lamb", "lars"):  # so many that a backend may prepare tables, or sum in parts
         grad = blockwise.noise(20_000, 11)
         grad *= torch.logspace(-12, 0, 256).repeat(79)[:20_000]
         grad[::7] = 0.0
@@ -415,6 +415,10 @@ def cases(device: torch.device | str) -> Iterator[tuple[str, str, list[Tensor], 
     bf16[1] = bf16[1].to(torch.bfloat16)
     yield "stochastic", "sgd", bf16, grads, Hyper(lr=0.001), STOCHASTIC
     yield "empty-list", "adam", [], [], settings("adam", 1), 0
+    # More tensors than the arguments of one launch hold.
+    params = [blockwise.noise(i * 7 % 50, i, FLOATS[i % 3]).to(device) for i in range(95)]
+    grads = [blockwise.noise(i * 7 % 50, i + 200, FLOATS[i % 2]).to(device) for i in range(95)]
+    yield "lamb-95-tensors", "lamb", params, grads, settings("lamb", 2), STOCHASTIC
 
 
 def states_of(name: str, params: list[Tensor], seed: int) -> list[list[Tensor]]:
