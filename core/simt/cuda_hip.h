@@ -90,8 +90,9 @@ struct Wave {
     __builtin_amdgcn_s_barrier();
     __builtin_amdgcn_fence(__ATOMIC_ACQUIRE, "workgroup");
   }
-  __device__ u32 shuffle_xor(u32 value, u32 mask) const {
-    return u32(__builtin_amdgcn_ds_bpermute(int((lane() ^ mask) * 4u), int(value)));  // addressed in bytes
+  __device__ u32 shuffle_xor(u32 value, u32 mask) const { return shuffle(value, lane() ^ mask); }
+  __device__ u32 shuffle(u32 value, u32 source) const {
+    return u32(__builtin_amdgcn_ds_bpermute(int(source * 4u), int(value)));  // addressed in bytes
   }
 };
 #else
@@ -124,9 +125,31 @@ struct Wave {
   __device__ u32 width() const { return 32u; }
   __device__ void barrier() const { __syncthreads(); }
   __device__ u32 shuffle_xor(u32 value, u32 mask) const { return __shfl_xor_sync(0xffffffffu, value, int(mask)); }
+  __device__ u32 shuffle(u32 value, u32 source) const { return __shfl_sync(0xffffffffu, value, int(source)); }
 };
 #endif
 
+#define PB_PACK16
+PB_FN u16 float_to_bf16(float x);
+PB_FN u32 pack_fp16(float x, float y) {
+#ifdef __HIP__
+  const _Float16 pair[2] = {_Float16(x), _Float16(y)};
+  return __builtin_bit_cast(u32, pair);
+#else
+  u32 pair;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(y), "f"(x));
+  return pair;
+#endif
+}
+PB_FN u32 pack_bf16(float x, float y) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  u32 pair;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(y), "f"(x));
+  return pair;
+#else
+  return float_to_bf16(x) | (u32(float_to_bf16(y)) << 16);
+#endif
+}
 PB_FN void set_flag(u8 *p) { *(volatile u8 *)p = 1; }
 
 // The one entry point; a launch of the kernel K is a launch of entry<K>.

@@ -85,6 +85,7 @@ struct Wave {  // a kernel gets the ids as parameters: carry them
   u32 lane() const { return lane_; }
   u32 width() const { return 32u; }
   void barrier() const { metal::threadgroup_barrier(metal::mem_flags::mem_device | metal::mem_flags::mem_threadgroup); }
+  u32 shuffle(u32 value, u32 source) const { return metal::simd_shuffle(value, u16(source)); }
   u32 shuffle_xor(u32 value, u32 mask) const { return metal::simd_shuffle_xor(value, u16(mask)); }
 };
 }  // namespace pb

@@ -14,16 +14,17 @@
 //   set_flag(PB_GLOBAL u8 *)           stores 1, whoever else may do so at the same time
 //   i32 dot4(u32 a, u32 b, i32 c)      c + the sum of four products of signed bytes
 //   Wave                 passed by value: tid() group() group_dim() lane() width() barrier() shuffle_xor(u32, u32)
+//                        shuffle(u32, u32 source_lane)
 //
-// shuffle_xor needs every lane of the wave, barrier every thread of the group: guard memory accesses, never return
+// Shuffles need every lane of the wave, barrier every thread of the group: guard memory accesses, never return
 // early. `thread kernel device constant half uint` are words of the Metal language and may not be names here.
 //
 // A kernel is a type, so that each target needs one entry point for all of them:
 //
 //   struct Kernel {
-//     enum : u32 { group_max = 256 };                           // threads of a group at most
-//     struct Args { PB_GLOBAL const float *x; i64 n; };         // every field eight bytes: pointers, i64, arrays of
-//     them struct Local { float sums[16]; };                         // the memory of the group: no more than 32 KiB
+//     enum : u32 { group_max = 256 };                    // threads of a group at most
+//     struct Args { PB_GLOBAL const float *x; i64 n; };  // fields of eight bytes: pointers, i64, arrays of them
+//     struct Local { float sums[16]; };                  // the memory of the group: no more than 32 KiB
 //     PB_FN void run(Wave w, PB_LOCAL Local *local, Args a);
 //   };
 #ifndef PB_SIMT_WAVE_H
@@ -47,6 +48,12 @@ struct Fp16 {
 struct F8 {
   float v[8];
 };
+
+#ifndef PB_PACK16  // an adaptor may have instructions for it
+// Two halves in a word, x in the lower bits, each rounded to the nearest.
+PB_FN u32 pack_fp16(float x, float y) { return float_to_half(x) | (u32(float_to_half(y)) << 16); }
+PB_FN u32 pack_bf16(float x, float y) { return float_to_bf16(x) | (u32(float_to_bf16(y)) << 16); }
+#endif
 
 // Of a kernel that needs no memory of the group.
 struct NoLocal {
