@@ -39,6 +39,7 @@ class Row:
 
     name: str
     runner: list[str]  # GitHub's labels; with "self-hosted", only where the repository has such a runner
+    container: str  # an image to run in, on GitHub
     system: str
     machine: str
     apt: list[str]
@@ -101,6 +102,7 @@ def github(labels: set[str]) -> list[dict[str, Any]]:
         {
             "name": row.name,
             "runner": row.runner,
+            "container": row.container,
             "python": row.python or DATA["python"],
             "apt": " ".join(row.apt),
             "experimental": row.experimental,
