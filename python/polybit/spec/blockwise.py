@@ -134,7 +134,14 @@ def quantize_samples(device: torch.device | str) -> Iterator[Sample]:
         small[100:103] = torch.tensor([float("nan"), 0.0, -0.0])
         small[200] = float("inf")
         x = torch.cat([ties.reshape(-1).repeat(16_384 // ties.numel()), small, small * 1e-30, noise(4096, 9)])
-        yield Sample(f"many-{name}", (x.to(device), code.to(device), 32))
+        yield Sample(f"many-special-{name}", (x.to(device), code.to(device), 32))
+        if name.startswith("dynamic"):
+            # One in 64, so that a backend that looks closer at ties sees nothing else to look at.
+            x = torch.zeros(3 * 255, 64)
+            x[:, 0] = 1.0
+            one = torch.ones(())
+            x[:, 1] = torch.cat([thresholds, thresholds.nextafter(one), thresholds.nextafter(-one)])
+            yield Sample(f"lone-ties-{name}", (x.to(device), code.to(device), 64))
 
 
 def maps() -> dict[str, codebooks.Codebook]:

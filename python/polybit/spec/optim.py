@@ -444,15 +444,27 @@ def samples_8bit(device: torch.device | str) -> Iterator[Sample]:
     for i, (case, name, params, grads, hyper, options) in enumerate(cases(device)):
         if not RULES[name].states:
             continue
-        codes = [unsigned if RULES[name].second_moment == k else signed for k in range(3)]
-        q, absmax = list[list[Tensor]](), list[list[Tensor]]()
-        for k, states in enumerate(states_of(name, params, i)):
-            pairs = [quantize_state(x, codes[k], RULES[name].second_moment == k) for x in states]
-            q.append([pair[0] for pair in pairs])
-            absmax.append([pair[1] for pair in pairs])
+        states = states_of(name, params, i)
         numbers = torch.tensor(hyper, dtype=torch.float32, device=device)
-        rest = (*codes, numbers, NUMBERS[name], options, 12345 + i)
-        yield Sample(case, (params, grads, *q, *absmax, *rest))
+        usual = [unsigned if RULES[name].second_moment == k else signed for k in range(3)]
+        yield sample_8bit(case, name, params, grads, states, usual, (numbers, NUMBERS[name], options, 12345 + i))
+        if case == "adam-many":  # with the signed map a second moment can be negative
+            states[1][0][::5] *= -1.0
+            label = "adam-many-special-signed"
+            yield sample_8bit(label, name, params, grads, states, [signed] * 3, (numbers, NUMBERS[name], options, i))
+
+
+def sample_8bit(
+    case: str, name: str, params: list[Tensor], grads: list[Tensor], states: list[list[Tensor]], codes: list[Tensor],
+    rest: tuple[Tensor, int, int, int],
+) -> Sample:  # fmt: skip
+    """With the states quantized by their codes."""
+    q, absmax = list[list[Tensor]](), list[list[Tensor]]()
+    for k, values in enumerate(states):
+        pairs = [quantize_state(x, codes[k], RULES[name].second_moment == k) for x in values]
+        q.append([pair[0] for pair in pairs])
+        absmax.append([pair[1] for pair in pairs])
+    return Sample(case, (params, grads, *q, *absmax, *codes, *rest))
 
 
 OPS = (
