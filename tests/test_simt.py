@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import re
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +15,7 @@ from tools import require_tool, run_python
 
 import polybit
 from polybit.backends import list_backends
-from polybit.spec import OPS
+from polybit.spec import OPS, blockwise, codebooks
 from polybit.spec.optim import RULES
 
 ROOT = Path(__file__).parent.parent
@@ -54,10 +56,10 @@ def execute(*command: str | Path, **env: str) -> subprocess.CompletedProcess[str
 
 
 def build(folder: Path, name: str, *flags: str, compiler: str = "") -> Path:
-    """Compile tests/simt/<name>.cpp with the emulator's own sources, or for misuse with its engine alone."""
+    """Compile tests/simt/<name>.cpp with the emulator's own sources; only the program "emulator" needs the backend."""
     (folder / "polybit_abi.h").write_text("#define PB_ABI 1ull\n")
     program = folder / name
-    own = [source for source in sorted(EMULATOR.glob("*.cpp")) if name != "misuse" or source.stem != "backend"]
+    own = [source for source in sorted(EMULATOR.glob("*.cpp")) if name == "emulator" or source.stem != "backend"]
     compiler = compiler or require_tool("g++", "c++", "clang++")
     flags = ("-std=c++17", "-O1", "-pthread", "-Wall", "-Wextra", "-Werror", "-ffp-contract=off", *flags)
     done = execute(compiler, *flags, f"-I{folder}", f"-I{ROOT / 'core'}", SOURCES / f"{name}.cpp", *own, "-o", program)
@@ -283,6 +285,43 @@ def test_emulator_equals_cpu(width: int, dtype: torch.dtype) -> None:
                     assert (polybit.backends.last_backend() or "").startswith(name)
                 assert torch.equal(q, want[0]), (name, block, count)
                 assert torch.equal(absmax.view(torch.int32), want[1].view(torch.int32)), (name, block, count)
+
+
+def quantizations() -> Iterator[tuple[str, str, tuple[Any, ...]]]:
+    """(id, op, arguments): every format, on values with a zero block, NaN, infinity and a short last block."""
+    x = torch.randn(4099, generator=torch.Generator().manual_seed(5))
+    x[:512] = 0.0
+    x[600], x[1200] = float("nan"), float("inf")
+    for name, (code, thresholds, order) in codebooks.kbit().items():
+        bits = len(code).bit_length() - 1
+        for dtype, block, search in ((torch.float32, 64, 0), (torch.bfloat16, 512, 1), (torch.float16, 4096, 0)):
+            case = f"{name}-{block}-search={search}"
+            yield case, "quantize_kbit", (x.to(dtype), code, thresholds, order, block, bits, search)
+    for name, book in blockwise.maps().items():
+        for dtype, block in ((torch.float32, 16), (torch.bfloat16, 256), (torch.float16, 4096)):
+            yield f"{name}-{block}", "quantize_blockwise", (x.to(dtype), book.code, block)
+        yield f"{name}-absmax", "quantize_absmax", (x.nan_to_num(posinf=3.0).abs(), book.code)
+
+
+def test_quantizers_give_the_same_bits_everywhere() -> None:
+    """Of every variant of the CPU backend and every width of the emulator; tests/test_golden.py holds them to files."""
+    require_emulator()
+    backends = [info.name for info in list_backends() if info.usable and info.device_type == "cpu"]
+    assert len(backends) > len(WIDTHS)
+    for case, op, args in quantizations():
+        want = OPS[op].reference(*args)
+        for backend in backends:
+            with polybit.backend(backend, fallback="error"):
+                got = getattr(torch.ops.polybit, op)(*args)
+                family = backend if backend.startswith("emulator") else "cpu:"
+                assert (polybit.backends.last_backend() or "").startswith(family)
+            for g, w in zip(got, want, strict=True):
+                assert g.numpy().tobytes() == w.numpy().tobytes(), (case, op, backend)
+
+
+def test_launchers_on_memory_that_the_host_cannot_read(tmp_path: Path) -> None:
+    done = execute(build(tmp_path, "launchers"))
+    assert (done.returncode, done.stdout) == (0, "2003 cases, 0 wrong\n"), done.stdout
 
 
 def test_the_emulator_is_never_chosen_by_itself() -> None:
