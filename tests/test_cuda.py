@@ -52,7 +52,7 @@ def test_the_host_side_keeps_to_its_device_and_stream(tmp_path: Path) -> None:
     (tmp_path / "polybit_abi.h").write_text("#define PB_ABI 1ull\n")
     flags = ("-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-ffp-contract=off")
     includes = (f"-I{tmp_path}", f"-I{ROOT / 'core'}", f"-I{SOURCES / 'fake'}")
-    sources = (SOURCES / "cuda_host.cpp", EMULATOR / "engine.cpp")
+    sources = (SOURCES / "cuda_host.cpp", EMULATOR / "engine.cpp", EMULATOR / "fiber.cpp")
     program = tmp_path / "cuda_host"
     made = execute(require_tool("g++", "c++", "clang++"), *flags, *includes, *sources, "-o", program)
     assert made.returncode == 0, made.stderr
