@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from tools import missing, require_tool
+from tools import kernel_names, missing, require_tool
 
 ROOT = Path(__file__).parent.parent
 WAVEFRONT = {"gfx90a": 64, "gfx942": 64, "gfx950": 64, "gfx1030": 32, "gfx1100": 32, "gfx1201": 32}
@@ -46,21 +46,21 @@ def llvm(tool: str, *arguments: str | Path, cwd: Path | None = None) -> str:
     return call(require_rocm_root() / "llvm/bin" / tool, *arguments, cwd=cwd)
 
 
-def compile_hip(
-    project: Path, build: Path, *definitions: str, architectures: tuple[str, ...] = tuple(WAVEFRONT)
-) -> None:
-    """Configure and build a CMake project that has the language HIP, warnings of CMake as errors."""
+def compile_hip(build: Path, architectures: tuple[str, ...] = tuple(WAVEFRONT)) -> Path:
+    """The HIP backend, configured and built in a folder, warnings of CMake as errors."""
     call(
         require_tool("cmake"),
         "-GNinja",
-        *("-S", project, "-B", build, "-Werror=dev"),
+        *("-S", ROOT, "-B", build, "-Werror=dev"),
+        *(f"-DPOLYBIT_{part}=OFF" for part in ("PYTHON", "CPU", "EMULATOR", "CUDA")),
+        "-DPOLYBIT_HIP=ON",
         "-DCMAKE_BUILD_TYPE=Release",
         f"-DCMAKE_MAKE_PROGRAM={require_tool('ninja')}",
         f"-DCMAKE_HIP_COMPILER={require_rocm_root() / 'llvm/bin/clang++'}",
         f"-DCMAKE_HIP_ARCHITECTURES={';'.join(architectures)}",
-        *definitions,
     )
     call(require_tool("cmake"), "--build", build)
+    return build / "backends" / "hip" / "libpolybit_hip.so"
 
 
 def code_objects(library: Path) -> dict[str, Path]:
@@ -75,7 +75,9 @@ def notes_of(code_object: Path) -> dict[str, dict[str, Any]]:
     text = llvm("llvm-readelf", "--notes", code_object)
     document = re.search(r"---\n(.*?)^\.\.\.", text, re.DOTALL | re.MULTILINE)
     assert document, text
-    return {kernel[".name"]: kernel for kernel in yaml.safe_load(document[1])["amdhsa.kernels"]}
+    kernels = {kernel[".name"]: kernel for kernel in yaml.safe_load(document[1])["amdhsa.kernels"]}
+    names = kernel_names(kernels)
+    return {names[symbol]: kernel for symbol, kernel in kernels.items()}
 
 
 def instructions_of(code_object: Path) -> dict[str, list[str]]:
@@ -85,7 +87,8 @@ def instructions_of(code_object: Path) -> dict[str, list[str]]:
         name = re.search(r"^[0-9a-f]+ <(.+)>:$", block, re.MULTILINE)
         if name:
             functions[name[1]] = re.findall(r"^\s+(\w+)", block[name.end() :], re.MULTILINE)
-    return functions
+    names = kernel_names(functions)
+    return {names[symbol]: found for symbol, found in functions.items()}
 
 
 def undefined_symbols(library: Path) -> set[str]:

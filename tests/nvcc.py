@@ -11,7 +11,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-from tools import require_tool
+from tools import kernel_names, require_tool
 
 ROOT = Path(__file__).parent.parent
 TABLE = ROOT / "tests" / "simt" / "registers.json"
@@ -49,21 +49,13 @@ def registers(said: str) -> dict[str, dict[str, int]]:
         r"(\d+) bytes spill loads.*?Used (\d+) registers"
     )
     found = re.findall(entry, said, re.S)
-    names = run("c++filt", *sorted({row[0] for row in found})).splitlines()
-    plain = {mangled: short(name) for mangled, name in zip(sorted({row[0] for row in found}), names)}
+    names = kernel_names(row[0] for row in found)
     table: dict[str, dict[str, int]] = {}
     for mangled, architecture, *spills, used in found:
-        name = plain[mangled]
+        name = names[mangled]
         assert spills == ["0", "0", "0"], f"{name} on sm_{architecture}: stack, spill stores, spill loads: {spills}"
         table.setdefault(name, {})[architecture] = int(used)
     return {name: dict(sorted(row.items(), key=lambda item: int(item[0]))) for name, row in sorted(table.items())}
-
-
-def short(name: str) -> str:
-    """``void pb::entry<pb::Kernel<float> >(pb::Kernel<float>::Args)`` -> ``Kernel<float>``."""
-    match = re.match(r"void pb::entry<(.*?) ?>\(", name)
-    assert match is not None, name
-    return re.sub(r"\bpb::|(?:launch::)", "", match[1])
 
 
 def main() -> None:

@@ -20,12 +20,16 @@ from amd import (
     undefined_symbols,
 )
 
-SOURCES = Path(__file__).parent / "simt"
 WIDE_LOAD = re.compile(r"global_load_(dwordx4|b128)")
 
 
 QUICK = ("gfx942", "gfx1100")  # waves of 64 and of 32
 ARCHITECTURES = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in WAVEFRONT]
+
+
+def quantize(dtype: str) -> str:
+    """The kernel of quantize_kbit for 4 bits."""
+    return f"QuantizeKbit<{dtype}, 4u, false>"
 
 
 @pytest.fixture(scope="module")
@@ -36,9 +40,9 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     def library(quick: bool) -> Path:
         folder = tmp_path_factory.mktemp("hip")
         names = tuple(name for name in WAVEFRONT if (name in QUICK) == quick)
-        compile_hip(SOURCES / "hip", folder, architectures=names)
-        assert set(code_objects(folder / "libkernels.so")) == set(names)
-        return folder / "libkernels.so"
+        made = compile_hip(folder, names)
+        assert set(code_objects(made)) == set(names)
+        return made
 
     return lambda architecture: library(architecture in QUICK)
 
@@ -47,15 +51,15 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 def test_no_spills_and_little_group_memory(build: Callable[[str], Path], architecture: str) -> None:
     notes = notes_of(code_objects(build(architecture))[architecture])
     check_resources(notes, WAVEFRONT[architecture])
-    assert {f"quantize_kbit4_{dtype}" for dtype in ("fp32", "fp16", "bf16")} <= set(notes)
-    assert notes["quantize_kbit4_fp16"][".max_flat_workgroup_size"] == 512
+    assert {quantize(dtype) for dtype in ("float", "Fp16", "Bf16")} <= set(notes)
+    assert notes[quantize("Fp16")][".max_flat_workgroup_size"] == 512
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_instructions(build: Callable[[str], Path], architecture: str) -> None:
     functions = instructions_of(code_objects(build(architecture))[architecture])
-    for dtype, loads in (("fp32", 2), ("fp16", 1), ("bf16", 1)):
-        names = functions[f"quantize_kbit4_{dtype}"]
+    for dtype, loads in (("float", 2), ("Fp16", 1), ("Bf16", 1)):
+        names = functions[quantize(dtype)]
         assert sum(bool(WIDE_LOAD.fullmatch(name)) for name in names) == loads, dtype
         assert "ds_bpermute_b32" in names  # shuffle_xor
         assert any(re.fullmatch(r"s_barrier(_signal)?", name) for name in names)

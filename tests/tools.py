@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NoReturn
 
@@ -70,3 +72,15 @@ def compile_library(folder: Path, source: str, name: str, *flags: str) -> Path:
     )
     assert done.returncode == 0, done.stderr
     return library
+
+
+def kernel_names(mangled: Iterable[str]) -> dict[str, str]:
+    """Of each symbol of an entry<Kernel>, the kernel: ``QuantizeKbit<Fp16, 4u, false>``; another stays as it is."""
+    symbols = sorted(set(mangled))
+    command = [require_tool("c++filt"), *symbols]
+    plain = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    names: dict[str, str] = {}
+    for symbol, text in zip(symbols, plain):
+        match = re.match(r"void pb::entry<(.*?) ?>\(", text)
+        names[symbol] = re.sub(r"\bpb::(?:launch::)?", "", match[1]) if match else symbol
+    return names
