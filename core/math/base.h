@@ -3,6 +3,10 @@
 #ifndef PB_MATH_BASE_H
 #define PB_MATH_BASE_H
 
+#ifndef PB_CONSTEXPR
+#define PB_CONSTEXPR static constexpr  // a function that a launcher calls, too
+#endif
+
 #ifndef PB_ADAPTOR
 #include <stdint.h>
 

@@ -27,7 +27,7 @@ enum Rule : u32 {
   rule_count,
 };
 
-PB_FN constexpr u32 optim_states(u32 rule) {
+PB_CONSTEXPR u32 optim_states(u32 rule) {
   if (rule == rule_sgd) return 0;
   if (rule == rule_ademamix || rule == rule_rmsprop_centered_momentum) return 3;
   const bool two =
@@ -36,14 +36,14 @@ PB_FN constexpr u32 optim_states(u32 rule) {
 }
 
 // Whether a state is a second moment: it is never negative, and in 8 bits never rounds to zero.
-PB_FN constexpr bool optim_is_second_moment(u32 rule, u32 state) {
+PB_CONSTEXPR bool optim_is_second_moment(u32 rule, u32 state) {
   if (rule == rule_adam || rule == rule_lamb) return state == 1;
   if (rule == rule_ademamix) return state == 2;
   return state == 0 && (rule == rule_adagrad || (rule >= rule_rmsprop && rule <= rule_rmsprop_centered_momentum));
 }
 
 // Whether the step of an element needs the norms of its whole tensor.
-PB_FN constexpr bool optim_has_trust(u32 rule) { return rule == rule_lamb || rule == rule_lars; }
+PB_CONSTEXPR bool optim_has_trust(u32 rule) { return rule == rule_lamb || rule == rule_lars; }
 
 // The factor of the step from the norms of the parameter and of the direction (LAMB) or the gradient (LARS).
 PB_FN float optim_trust(u32 rule, float of_param, float of_direction, float coefficient, float decay) {

@@ -22,6 +22,7 @@
 
 #define PB_ADAPTOR
 #define PB_FN static __device__ __forceinline__
+#define PB_CONSTEXPR static constexpr __host__ __device__
 #define PB_GLOBAL
 #define PB_LOCAL
 #define PB_PRIVATE
