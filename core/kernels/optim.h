@@ -42,10 +42,7 @@ struct States32 {
   typedef NoLocal Local;
 
   template <u32 RULE>
-  PB_FN void prepare(Wave, PB_LOCAL Local *, StateCodes) {}
-
-  template <u32 RULE>
-  PB_FN States load(PB_LOCAL const Local *, OptimChunk c, i64 first) {
+  PB_FN States load(Wave, PB_LOCAL Local *, StateCodes, OptimChunk c, i64 first) {
     States s = {};
     PB_UNROLL
     for (u32 k = 0; k < states_max; k++)
@@ -71,22 +68,22 @@ struct States8 {
   };
 
   template <u32 RULE>
-  PB_FN void prepare(Wave w, PB_LOCAL Local *local, StateCodes code) {
+  PB_FN States load(Wave w, PB_LOCAL Local *local, StateCodes code, OptimChunk c, i64 first) {
+    U2 q[states_max] = {};
+    float scale[states_max] = {};
     PB_UNROLL
-    for (u32 k = 0; k < states_max; k++)
-      if (has_state(RULE, k)) load_code256(w, &local->code[k], code.of[k], optim_is_second_moment(RULE, k));
+    for (u32 k = 0; k < states_max; k++) {
+      if (!has_state(RULE, k)) continue;
+      q[k] = load_codes8(c.p[at_state + k], first, c.n, pointer_aligned(c, at_state + k));
+      if (first < c.n) scale[k] = ((PB_GLOBAL const float *)c.p[at_absmax + k])[first / state_block];
+      load_code256(w, &local->code[k], code.of[k], optim_is_second_moment(RULE, k));
+    }
     w.barrier();
-  }
-
-  template <u32 RULE>
-  PB_FN States load(PB_LOCAL const Local *local, OptimChunk c, i64 first) {
     States s = {};
     PB_UNROLL
     for (u32 k = 0; k < states_max; k++) {
       if (!has_state(RULE, k)) continue;
-      const U2 q = load_codes8(c.p[at_state + k], first, c.n, pointer_aligned(c, at_state + k));
-      const float scale = first < c.n ? ((PB_GLOBAL const float *)c.p[at_absmax + k])[first / state_block] : 0.0f;
-      s.of[k] = values8(local->code[k].value, q, scale);
+      s.of[k] = values8(local->code[k].value, q[k], scale[k]);
       PB_UNROLL
       for (u32 j = 0; j < 8; j++)
         if (first + j >= c.n) s.of[k].v[j] = 0.0f;
@@ -160,9 +157,8 @@ struct OptimStep {
   typedef typename S::Local Local;
 
   PB_FN void run(Wave w, PB_LOCAL Local *local, Args a) {
-    S::template prepare<RULE>(w, local, a.code);
     OptimPart part = load_optim_part(w, chunk_of(&a.list, w.group()), a.hyper, u32(a.options));
-    States s = S::template load<RULE>(local, part.c, part.first);
+    States s = S::template load<RULE>(w, local, a.code, part.c, part.first);
     Hyper<float> h = part.h;
     if (optim_has_trust(RULE)) {
       PB_GLOBAL const float *squares = a.squares + 2 * part.c.place;
@@ -196,10 +192,9 @@ struct OptimNorms {
   };
 
   PB_FN void run(Wave w, PB_LOCAL Local *local, Args a) {
-    S::template prepare<RULE>(w, &local->states, a.code);
     const OptimPart part = load_optim_part(w, chunk_of(&a.list, w.group()), a.hyper, u32(a.options));
     States s = {};
-    if (RULE == rule_lamb) s = S::template load<RULE>(&local->states, part.c, part.first);
+    if (RULE == rule_lamb) s = S::template load<RULE>(w, &local->states, a.code, part.c, part.first);
     F8 of_param, of_direction;
     PB_UNROLL
     for (u32 k = 0; k < 8; k++) {
