@@ -157,9 +157,8 @@ PB_FN TileSums<Tile> add_sums(TileSums<Tile> a, TileSums<Tile> b) {
   return a;
 }
 
-// A B^T over all of k for the rows from `row` and the columns from `column` on. Each slab is summed by itself and then
-// added: one chain of fp32 sums along a long k would be too inexact. Every thread of the group calls it, with the same
-// k. What was written to the memory of the group before is there when the weight's values are made.
+// A B^T over all of k for the rows from `row` and the columns from `column` on. Every thread of the group calls it,
+// with the same k. What was written to the memory of the group before is there when the weight's values are made.
 template <class Tile, class A, class B, bool TRANSPOSED>
 PB_FN TileSums<Tile> accumulate(Wave w, PB_LOCAL Slabs<Tile> *slabs, PB_LOCAL typename B::Local *local, A a, B b,
                                 i64 row, i64 column, i64 k) {
@@ -170,7 +169,11 @@ PB_FN TileSums<Tile> accumulate(Wave w, PB_LOCAL Slabs<Tile> *slabs, PB_LOCAL ty
   for (i64 at = 0;; at += slab) {
     const typename Left::Raw left = Left::fetch(w, a, row, at);  // on its way while the slab before is multiplied
     const typename Right::Raw right = Right::fetch(w, b, column, at);
-    if (at > 0) c = add_sums<Tile>(c, multiply_slabs<Tile>(w, slabs, 0, Tile::slab_words, zero_sums<Tile>()));
+    if (at > 0) {
+      PB_UNROLL
+      for (u32 first = 0; first < Tile::slab_words; first += Tile::chain_words)
+        c = add_sums<Tile>(c, multiply_slabs<Tile>(w, slabs, first, first + Tile::chain_words, zero_sums<Tile>()));
+    }
     if (at >= k) break;
     w.barrier();
     put_a<Tile, A>(w, slabs, left);
@@ -215,6 +218,16 @@ struct AddBias {
     store1(f.y + row * f.columns + column, f.bias ? sum + load1(f.bias + column) : sum);
   }
 };
+template <class T>
+struct ScaleRows {
+  AddBias<T> out;
+  PB_GLOBAL const float *absmax;  // of the rows
+  PB_GLOBAL const float *step;
+  typedef float Sum;
+  PB_FN void store(ScaleRows f, i64 row, i64 column, float sum) {
+    AddBias<T>::store(f.out, row, column, sum * (int8_scale(f.absmax[row]) * *f.step));
+  }
+};
 struct StoreInt {
   PB_GLOBAL i32 *y;
   i64 columns;
@@ -233,19 +246,23 @@ PB_FN void store_sums(Wave w, Finish finish, i64 row, i64 rows, i64 column, i64 
   }
 }
 
-// y = A B^T, or A B where TRANSPOSED: `columns` of y, k from 0 to k. Groups are row tiles of one column tile, then of
-// the next, so that a weight is read by neighbours.
+// The arguments of a product, tiled or not.
+template <class A, class B, class Finish>
+struct ProductArgs {
+  A a;
+  B b;
+  Finish finish;
+  Runs runs;
+  i64 rows, columns, k;  // of y, and what is summed over
+  i64 row_tiles;
+};
+
+// y = A B^T, or A B where TRANSPOSED. Groups are row tiles of one column tile, then of the next, so that a weight is
+// read by neighbours.
 template <class Tile, class A, class B, bool TRANSPOSED, class Finish>
 struct Gemm {
   enum : u32 { group_max = Tile::threads, group_rows = Tile::group_rows, group_columns = Tile::group_columns };
-  struct Args {
-    A a;
-    B b;
-    Finish finish;
-    Runs runs;
-    i64 rows, columns, k;
-    i64 row_tiles;
-  };
+  typedef ProductArgs<A, B, Finish> Args;
   struct Local {
     Slabs<Tile> slabs;
     typename B::Local b;
@@ -267,6 +284,11 @@ template <class T>
 using MatmulKbit = Gemm<FmaTile, Dense<T>, Kbit, false, AddBias<T>>;
 template <class T>
 using MatmulKbitTransposed = Gemm<FmaTile, Dense<T>, Kbit, true, AddBias<T>>;
+typedef Gemm<Dot4Tile, Bytes, Bytes, false, StoreInt> MatmulInt8;
+template <class T>
+using LinearInt8Transposed = Gemm<FmaTile, Dense<T>, ScaledBytes, true, AddBias<T>>;
+template <class T>
+using MatmulKbitInt8Any = Gemm<FmaTile, ByteFloats, Kbit, false, ScaleRows<T>>;  // K of any length
 
 }  // namespace pb
 #endif

@@ -10,17 +10,16 @@
 //
 //   struct Local, prepare(Wave, PB_LOCAL Local *, operand)   its codebook in the memory of the group; a barrier follows
 //   in_stack(operand, i64 e)                                 the weight e of a stack
+//   typedef ... Values, Sum                                  what values() and dot() give
 //   enum : u32 { wide }, struct Wide { Raw of[wide]; }, fetch_wide   units of one lane that are best read together
 #ifndef PB_KERNELS_OPERANDS_H
 #define PB_KERNELS_OPERANDS_H
 
+#include "int8.h"
 #include "weight.h"
 #include "../simt/tile.h"
-#include "../math/int8.h"
 
 namespace pb {
-
-PB_FN i32 signed_byte(u32 word, u32 k) { return i32(word << (24u - 8u * k)) >> 24; }
 
 PB_FN F8 zeros8() {
   F8 r;
@@ -64,6 +63,8 @@ struct Bytes {
   i64 rows, columns, pitch;
   i64 aligned;  // each row to 16 bytes
   enum : u32 { unit = 16, wide = 1 };
+  typedef U4 Values;
+  typedef i32 Sum;
   typedef U4 Raw;
   struct Wide {
     Raw of[wide];
@@ -71,6 +72,7 @@ struct Bytes {
   typedef NoLocal Local;
 
   PB_FN void prepare(Wave, PB_LOCAL Local *, Bytes) {}
+  PB_FN Bytes in_stack(Bytes b, i64) { return b; }
   PB_FN Raw fetch(Bytes b, i64 row, i64 first) {
     if (row < b.rows) return load_bytes16(b.x + row * b.pitch, first, b.columns, b.aligned != 0);
     U4 r;
@@ -164,6 +166,8 @@ struct Kbit {
   i64 aligned;    // each unit to 4 bytes
   i64 aligned16;  // and each run of 32 codes of 4 bits to 16, all of one block
   enum : u32 { unit = 8, wide = 4 };
+  typedef F8 Values;
+  typedef float Sum;
   struct Raw {
     u32 codes;
     float scale;
@@ -231,6 +235,155 @@ struct Kbit {
     }
     return r;
   }
+};
+
+// A k-bit weight whose codebook is int8, sixteen codes at a time; its columns are a multiple of 16.
+struct KbitBytes {
+  KbitWeight weight;  // with the values of RoundCodebook
+  i64 rows, columns;
+  i64 aligned;    // each unit to 4 bytes
+  i64 aligned16;  // and each run of 32 codes of 4 bits to 16, all of one block
+  i64 run_words;  // of four codes that a tile may sum up at once, all of one block: a power of two
+  enum : u32 { unit = 16, wide = 2 };
+  typedef float Sum;
+  struct Raw {
+    u32 codes[2];
+    float scale;
+  };
+  struct Wide {
+    Raw of[wide];
+  };
+  struct Local {
+    u32 code[16];
+  };
+  struct Values {
+    U4 bytes;
+    float scale;
+  };
+
+  PB_FN void prepare(Wave w, PB_LOCAL Local *local, KbitBytes b) {
+    if (w.tid() < 16)
+      local->code[w.tid()] = w.tid() < (1u << b.weight.bits) ? u32(i32(b.weight.code[w.tid()])) & 255u : 0u;
+  }
+  PB_FN KbitBytes in_stack(KbitBytes b, i64) { return b; }
+  PB_FN Raw fetch(KbitBytes b, i64 row, i64 first) {
+    Raw r = {{0, 0}, 0.0f};
+    if (row >= b.rows || first >= b.columns) return r;
+    const i64 at = row * b.columns + first;
+    PB_UNROLL
+    for (u32 h = 0; h < 2; h++)
+      r.codes[h] = as_nibbles(weight_codes8(b.weight, at + 8 * h, at + 16, b.aligned != 0), u32(b.weight.bits));
+    r.scale = weight_scale(b.weight, at >> b.weight.block_log2);
+    return r;
+  }
+  PB_FN Wide fetch_wide(KbitBytes b, i64 row, i64 first) {
+    Wide r;
+    if (b.aligned16 && row < b.rows && first < b.columns) {
+      const i64 at = row * b.columns + first;
+      const U4 codes = load16((PB_GLOBAL const u32 *)(b.weight.q + at / 2));
+      const float scale = weight_scale(b.weight, at >> b.weight.block_log2);
+      PB_UNROLL
+      for (u32 i = 0; i < wide; i++) r.of[i] = Raw{{codes.v[2 * i], codes.v[2 * i + 1]}, scale};
+      return r;
+    }
+    PB_UNROLL
+    for (u32 i = 0; i < wide; i++) r.of[i] = fetch(b, row, first + 16 * i);
+    return r;
+  }
+  PB_FN Values values(KbitBytes, PB_LOCAL Local *local, Raw raw) {
+    Values r;
+    r.scale = raw.scale;
+    PB_UNROLL
+    for (u32 i = 0; i < 4; i++) {
+      r.bytes.v[i] = 0;
+      PB_UNROLL
+      for (u32 k = 0; k < 4; k++)
+        r.bytes.v[i] |= local->code[code_of(raw.codes[i / 2u], i % 2u * 4u + k, 4)] << (8u * k);
+    }
+    return r;
+  }
+};
+
+// The codebook of a k-bit weight rounded to int8, as floats, and behind its sixteen values what a step of it is worth.
+struct RoundCodebook {
+  enum : u32 { group_max = 64 };
+  struct Args {
+    PB_GLOBAL const float *code;
+    PB_GLOBAL float *rounded;
+    i64 count;
+  };
+  typedef NoLocal Local;
+  PB_FN void run(Wave w, PB_LOCAL Local *, Args a) {
+    float largest = 0.0f;
+    for (i64 i = 0; i < a.count; i++) {
+      const float magnitude = as_float(magnitude_bits(a.code[i]));
+      if (magnitude > largest) largest = magnitude;
+    }
+    if (w.tid() < a.count) a.rounded[w.tid()] = float(round_rn(a.code[w.tid()] * div_rn(127.0f, largest)));
+    if (w.tid() == 16) a.rounded[16] = div_rn(largest, 127.0f);
+  }
+};
+
+// The elements of x in the outlier columns, side by side.
+template <class T>
+struct OutlierColumns {
+  PB_GLOBAL const T *x;
+  i64 rows, columns;
+  PB_GLOBAL const i32 *list;
+  i64 count;           // of the list; known on the device alone
+  i64 threshold_bits;  // of the fp32
+  i64 by_row;          // only what is an outlier itself; elsewhere a zero
+  enum : u32 { unit = 8 };
+  typedef F8 Raw;
+
+  PB_FN Raw fetch(OutlierColumns o, i64 row, i64 first) {
+    const float threshold = as_float(u32(o.threshold_bits));
+    F8 r = zeros8();
+    if (row < o.rows) {
+      PB_UNROLL
+      for (u32 k = 0; k < 8; k++)
+        if (first + k < o.count) {
+          const float x = load1(o.x + row * o.columns + o.list[first + k]);
+          r.v[k] = !o.by_row || is_outlier(x, threshold) ? x : 0.0f;
+        }
+    }
+    return r;
+  }
+  PB_FN F8 values(Raw raw) { return raw; }
+};
+
+// The same columns of an int8 weight, times the step of each row.
+struct OutlierWeight {
+  PB_GLOBAL const u8 *q;
+  PB_GLOBAL const float *absmax;
+  i64 rows, columns;
+  PB_GLOBAL const i32 *list;
+  i64 count;
+  enum : u32 { unit = 8, wide = 1 };
+  typedef F8 Values;
+  typedef float Sum;
+  typedef F8 Raw;
+  struct Wide {
+    Raw of[wide];
+  };
+  typedef NoLocal Local;
+
+  PB_FN Raw fetch(OutlierWeight o, i64 row, i64 first) {
+    F8 r = zeros8();
+    if (row < o.rows) {
+      const float scale = int8_scale(o.absmax[row]);
+      PB_UNROLL
+      for (u32 k = 0; k < 8; k++)
+        if (first + k < o.count) r.v[k] = float(signed_byte(o.q[row * o.columns + o.list[first + k]], 0)) * scale;
+    }
+    return r;
+  }
+  PB_FN Wide fetch_wide(OutlierWeight o, i64 row, i64 first) {
+    Wide r;
+    r.of[0] = fetch(o, row, first);
+    return r;
+  }
+  PB_FN F8 values(OutlierWeight, PB_LOCAL Local *, Raw raw) { return raw; }
 };
 
 }  // namespace pb

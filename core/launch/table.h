@@ -4,6 +4,7 @@
 
 #include "blockwise.h"
 #include "gather.h"
+#include "int8.h"
 #include "kbit.h"
 #include "matmul.h"
 #include "multi.h"
@@ -40,6 +41,12 @@ constexpr pb_backend table(const char *name, DLDeviceType device_type, int64_t (
   b.matmul_kbit_grouped_transposed = matmul_kbit_grouped_transposed<Device>;
   b.optimizer_32bit = optimizer_32bit<Device>;
   b.optimizer_8bit = optimizer_8bit<Device>;
+  b.matmul_kbit_int8 = matmul_kbit_int8<Device>;
+  b.quantize_int8 = quantize_int8<Device>;
+  b.dequantize_int8 = dequantize_int8<Device>;
+  b.matmul_int8 = matmul_int8<Device>;
+  b.linear_int8 = linear_int8<Device>;
+  b.linear_int8_transposed = linear_int8_transposed<Device>;
   return b;
 }
 

@@ -19,5 +19,8 @@ PB_FN float int8_factor(u32 absmax_bits) {
   return is_zero_block(absmax_bits) ? 0.0f : div_rn(127.0f, stored_absmax(absmax_bits));
 }
 
+// Byte k of a little-endian word of four.
+PB_FN int signed_byte(u32 word, u32 k) { return int(word << (24u - 8u * k)) >> 24; }
+
 }  // namespace pb
 #endif

@@ -11,6 +11,7 @@
 //     threads,                    of a group: a multiple of every width the tile is for
 //     group_rows, group_columns,  of C
 //     slab_words,                 of k that are in the memory of the group at once: a multiple of words
+//     chain_words,                of a slab that are summed up before they are added to the total; they divide it
 //     stride,                     of a slab's rows: slab_words and what avoids bank conflicts, a multiple of 4
 //     columns, repeat_m, repeat_n,
 //     sums                        of C in one lane, for one tile
@@ -84,12 +85,12 @@ PB_FN F8 floats8(Bits8<T> x) {
 // The arithmetic of one word.
 struct FmaWord {
   typedef float Sum;
-  enum : u32 { per_word = 1, slab_words = 32 };
+  enum : u32 { per_word = 1, slab_words = 32, chain_words = 16 };  // a longer chain of fp32 sums is less exact
   PB_FN float add(u32 a, u32 b, float c) { return fma_rn(as_float(a), as_float(b), c); }
 };
 struct Dot4Word {
   typedef i32 Sum;
-  enum : u32 { per_word = 4, slab_words = 16 };
+  enum : u32 { per_word = 4, slab_words = 16, chain_words = 16 };
   PB_FN i32 add(u32 a, u32 b, i32 c) { return dot4(a, b, c); }
 };
 
@@ -104,6 +105,7 @@ struct LaneTile {
     group_rows = 64,
     group_columns = 64,
     slab_words = Word::slab_words,
+    chain_words = Word::chain_words,
     stride = slab_words + 4,  // eight rows of four words touch each bank once
     columns = 32,
     repeat_m = 1,
