@@ -246,6 +246,10 @@ PB_FN void store_sums(Wave w, Finish finish, i64 row, i64 rows, i64 column, i64 
   }
 }
 
+// Groups are row tiles of one column tile, then of the next, so that a weight is read by neighbours.
+PB_FN i64 column_tile(Wave w, i64 row_tiles) { return w.group() / u32(row_tiles); }
+PB_FN i64 row_tile(Wave w, i64 row_tiles) { return w.group() % u32(row_tiles); }
+
 // The arguments of a product, tiled or not.
 template <class A, class B, class Finish>
 struct ProductArgs {
@@ -257,8 +261,7 @@ struct ProductArgs {
   i64 row_tiles;
 };
 
-// y = A B^T, or A B where TRANSPOSED. Groups are row tiles of one column tile, then of the next, so that a weight is
-// read by neighbours.
+// y = A B^T, or A B where TRANSPOSED.
 template <class Tile, class A, class B, bool TRANSPOSED, class Finish>
 struct Gemm {
   enum : u32 { group_max = Tile::threads, group_rows = Tile::group_rows, group_columns = Tile::group_columns };
@@ -269,8 +272,8 @@ struct Gemm {
   };
 
   PB_FN void run(Wave w, PB_LOCAL Local *local, Args a) {
-    const i64 column = i64(w.group()) / a.row_tiles * Tile::group_columns;
-    const Run run = find_run(a.runs, a.rows, i64(w.group()) % a.row_tiles, Tile::group_rows);
+    const i64 column = column_tile(w, a.row_tiles) * Tile::group_columns;
+    const Run run = find_run(a.runs, a.rows, row_tile(w, a.row_tiles), Tile::group_rows);
     const bool behind = run.weight == a.runs.count;
     B::prepare(w, &local->b, a.b);
     const TileSums<Tile> c =

@@ -27,8 +27,8 @@ struct GemmKbitInt8 {
   PB_FN void run(Wave w, PB_LOCAL Local *local, Args a) {
     typedef RowUnits<Tile, Bytes, Tile::group_rows> Left;
     typedef RowUnits<Tile, KbitBytes, Tile::group_columns> Right;
-    const i64 column = i64(w.group()) / a.row_tiles * Tile::group_columns;
-    const i64 row = i64(w.group()) % a.row_tiles * Tile::group_rows;
+    const i64 column = column_tile(w, a.row_tiles) * Tile::group_columns;
+    const i64 row = row_tile(w, a.row_tiles) * Tile::group_rows;
     KbitBytes::prepare(w, &local->b, a.b);
     Totals c = zero_totals();
     for (i64 at = 0;; at += slab) {
@@ -128,8 +128,8 @@ struct GemmLinearInt8 {
   };
 
   PB_FN void run(Wave w, PB_LOCAL Local *local, Args a) {
-    const i64 column = i64(w.group()) / a.row_tiles * IntTile::group_columns;
-    const i64 row = i64(w.group()) % a.row_tiles * IntTile::group_rows;
+    const i64 column = column_tile(w, a.row_tiles) * IntTile::group_columns;
+    const i64 row = row_tile(w, a.row_tiles) * IntTile::group_rows;
     PB_LOCAL Slabs<IntTile> *ints = (PB_LOCAL Slabs<IntTile> *)local->words;
     PB_LOCAL Slabs<FloatTile> *floats = (PB_LOCAL Slabs<FloatTile> *)local->words;
     const TileSums<IntTile> c =

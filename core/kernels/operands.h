@@ -11,7 +11,12 @@
 //   struct Local, prepare(Wave, PB_LOCAL Local *, operand)   its codebook in the memory of the group; a barrier follows
 //   in_stack(operand, i64 e)                                 the weight e of a stack
 //   typedef ... Values, Sum                                  what values() and dot() give
-//   enum : u32 { wide }, struct Wide { Raw of[wide]; }, fetch_wide   units of one lane that are best read together
+//   enum : u32 { wide }                                      units that 16 bytes of it hold, 0: it is never wide
+//   bool is_wide(operand), struct Wide { Raw of[wide]; }, fetch_wide(operand, i64 row, i64 first)
+//                                                            to read them at once, where all of them can be
+//
+// An operand that meets a wide one is read by fetch_whole(operand, i64 row, i64 first): no row or unit is out of
+// bounds.
 #ifndef PB_KERNELS_OPERANDS_H
 #define PB_KERNELS_OPERANDS_H
 
@@ -28,16 +33,17 @@ PB_FN F8 zeros8() {
   return r;
 }
 
-// Bytes first ... first + 15 of n, zeros behind the end. aligned: p to 16 bytes, first being a multiple of 16.
-PB_FN U4 load_bytes16(PB_GLOBAL const u8 *p, i64 first, i64 n, bool aligned) {
-  if (aligned && first + 16 <= n) return load16((PB_GLOBAL const u32 *)(p + first));
-  U4 r;
-  PB_UNROLL
-  for (u32 k = 0; k < 4; k++) {
-    r.v[k] = 0;
+// Bytes first ... first + 15 of n, zeros behind the end; none of them unless `there`. aligned: p to 16 bytes, first
+// being a multiple of 16.
+PB_FN U4 load_bytes16(PB_GLOBAL const u8 *p, i64 first, i64 n, bool there, bool aligned) {
+  U4 r = {{0, 0, 0, 0}};
+  const i64 left = there ? n - first : 0;
+  if (aligned && left >= 16) return load16((PB_GLOBAL const u32 *)(p + first));
+  if (left > 0) {
+    const u32 count = left < 16 ? u32(left) : 16u;
     PB_UNROLL
-    for (u32 b = 0; b < 4; b++)
-      if (first + i64(4 * k + b) < n) r.v[k] |= u32(p[first + i64(4 * k + b)]) << (8u * b);
+    for (u32 k = 0; k < 16; k++)
+      r.v[k / 4u] |= (u32(p[first + min_u32(k, count - 1)]) & below(k, count)) << (k % 4u * 8u);
   }
   return r;
 }
@@ -54,6 +60,7 @@ struct Dense {
   PB_FN Raw fetch(Dense d, i64 row, i64 first) {
     return load_bits8(d.x + row * d.columns, first, d.columns, row < d.rows, d.aligned != 0);
   }
+  PB_FN Raw fetch_whole(Dense d, i64 row, i64 first) { return load_whole8(d.x + row * d.columns + first); }
   PB_FN Bits8<T> values(Raw raw) { return raw; }
 };
 
@@ -74,15 +81,15 @@ struct Bytes {
   PB_FN void prepare(Wave, PB_LOCAL Local *, Bytes) {}
   PB_FN Bytes in_stack(Bytes b, i64) { return b; }
   PB_FN Raw fetch(Bytes b, i64 row, i64 first) {
-    if (row < b.rows) return load_bytes16(b.x + row * b.pitch, first, b.columns, b.aligned != 0);
-    U4 r;
-    PB_UNROLL
-    for (u32 k = 0; k < 4; k++) r.v[k] = 0;
-    return r;
+    return load_bytes16(b.x + row * b.pitch, first, b.columns, row < b.rows, b.aligned != 0);
   }
+  PB_FN Raw fetch_whole(Bytes b, i64 row, i64 first) {
+    return load16((PB_GLOBAL const u32 *)(b.x + row * b.pitch + first));
+  }
+  PB_FN bool is_wide(Bytes b) { return b.aligned && b.pitch == b.columns; }
   PB_FN Wide fetch_wide(Bytes b, i64 row, i64 first) {
-    Wide r;
-    r.of[0] = fetch(b, row, first);
+    Wide r = {};
+    if (row < b.rows) r.of[0] = fetch_whole(b, row, first);
     return r;
   }
   PB_FN U4 values(Raw raw) { return raw; }
@@ -97,11 +104,14 @@ struct ByteFloats {
   typedef F8 Raw;
 
   PB_FN Raw fetch(ByteFloats b, i64 row, i64 first) {
-    F8 r;
-    PB_UNROLL
-    for (u32 k = 0; k < 8; k++) {
-      const bool there = row < b.rows && first + k < b.columns;
-      r.v[k] = there ? float(signed_byte(b.x[row * b.columns + first + k], 0)) : 0.0f;
+    F8 r = zeros8();
+    if (row < b.rows && first < b.columns) {
+      PB_UNROLL
+      for (u32 k = 0; k < 8; k++) {
+        const bool there = first + k < b.columns;
+        const u32 q = b.x[row * b.columns + (there ? first + k : first)];
+        r.v[k] = there ? float(signed_byte(q, 0)) : 0.0f;
+      }
     }
     return r;
   }
@@ -202,23 +212,19 @@ struct Kbit {
     r.split = run < 8 ? u32(run) : 8u;
     r.scale = weight_scale_in_sequence(b.weight, block);
     if (r.split < r.there) r.next_scale = weight_scale_in_sequence(b.weight, block + 1);
-    PB_UNROLL
-    for (u32 k = 0; k < 8; k++)
-      if (k < r.there) r.codes |= packed_code(b.weight.q, at + k, bits) << packed_shift(k, 4);
+    for (u32 k = 0; k < r.there; k++) r.codes |= packed_code(b.weight.q, at + k, bits) << packed_shift(k, 4);
     return r;
   }
+  PB_FN bool is_wide(Kbit b) { return b.aligned16 != 0; }
   PB_FN Wide fetch_wide(Kbit b, i64 row, i64 first) {
-    Wide r;
-    if (b.aligned16 && row < b.rows && first < b.columns) {
+    Wide r = {};
+    if (row < b.rows) {
       const i64 at = (b.first_row + row) * b.columns + first;
       const U4 codes = load16((PB_GLOBAL const u32 *)(b.weight.q + at / 2));
       const float scale = weight_scale(b.weight, at >> b.weight.block_log2);
       PB_UNROLL
       for (u32 i = 0; i < wide; i++) r.of[i] = Raw{codes.v[i], scale, 0.0f, 8, 0};
-      return r;
     }
-    PB_UNROLL
-    for (u32 i = 0; i < wide; i++) r.of[i] = fetch(b, row, first + 8 * i);
     return r;
   }
   PB_FN F8 values(Kbit b, PB_LOCAL Local *local, Raw raw) {
@@ -276,18 +282,16 @@ struct KbitBytes {
     r.scale = weight_scale(b.weight, at >> b.weight.block_log2);
     return r;
   }
+  PB_FN bool is_wide(KbitBytes b) { return b.aligned16 != 0; }
   PB_FN Wide fetch_wide(KbitBytes b, i64 row, i64 first) {
-    Wide r;
-    if (b.aligned16 && row < b.rows && first < b.columns) {
+    Wide r = {};
+    if (row < b.rows) {
       const i64 at = row * b.columns + first;
       const U4 codes = load16((PB_GLOBAL const u32 *)(b.weight.q + at / 2));
       const float scale = weight_scale(b.weight, at >> b.weight.block_log2);
       PB_UNROLL
       for (u32 i = 0; i < wide; i++) r.of[i] = Raw{{codes.v[2 * i], codes.v[2 * i + 1]}, scale};
-      return r;
     }
-    PB_UNROLL
-    for (u32 i = 0; i < wide; i++) r.of[i] = fetch(b, row, first + 16 * i);
     return r;
   }
   PB_FN Values values(KbitBytes, PB_LOCAL Local *local, Raw raw) {
@@ -339,13 +343,13 @@ struct OutlierColumns {
   PB_FN Raw fetch(OutlierColumns o, i64 row, i64 first) {
     const float threshold = as_float(u32(o.threshold_bits));
     F8 r = zeros8();
-    if (row < o.rows) {
+    if (row < o.rows && first < o.count) {
       PB_UNROLL
-      for (u32 k = 0; k < 8; k++)
-        if (first + k < o.count) {
-          const float x = load1(o.x + row * o.columns + o.list[first + k]);
-          r.v[k] = !o.by_row || is_outlier(x, threshold) ? x : 0.0f;
-        }
+      for (u32 k = 0; k < 8; k++) {
+        const bool there = first + k < o.count;
+        const float x = float_of(bits1(o.x + row * o.columns + o.list[there ? first + k : first]), T());
+        r.v[k] = there && (!o.by_row || is_outlier(x, threshold)) ? x : 0.0f;
+      }
     }
     return r;
   }
@@ -359,28 +363,23 @@ struct OutlierWeight {
   i64 rows, columns;
   PB_GLOBAL const i32 *list;
   i64 count;
-  enum : u32 { unit = 8, wide = 1 };
+  enum : u32 { unit = 8, wide = 0 };
   typedef F8 Values;
   typedef float Sum;
   typedef F8 Raw;
-  struct Wide {
-    Raw of[wide];
-  };
   typedef NoLocal Local;
 
   PB_FN Raw fetch(OutlierWeight o, i64 row, i64 first) {
     F8 r = zeros8();
-    if (row < o.rows) {
+    if (row < o.rows && first < o.count) {
       const float scale = int8_scale(o.absmax[row]);
       PB_UNROLL
-      for (u32 k = 0; k < 8; k++)
-        if (first + k < o.count) r.v[k] = float(signed_byte(o.q[row * o.columns + o.list[first + k]], 0)) * scale;
+      for (u32 k = 0; k < 8; k++) {
+        const bool there = first + k < o.count;
+        const u32 q = o.q[row * o.columns + o.list[there ? first + k : first]];
+        r.v[k] = there ? float(signed_byte(q, 0)) * scale : 0.0f;
+      }
     }
-    return r;
-  }
-  PB_FN Wide fetch_wide(OutlierWeight o, i64 row, i64 first) {
-    Wide r;
-    r.of[0] = fetch(o, row, first);
     return r;
   }
   PB_FN F8 values(OutlierWeight, PB_LOCAL Local *, Raw raw) { return raw; }

@@ -43,7 +43,7 @@ pb_status launch_tiles(pb_context *ctx, typename K::Args args, i64 features) {
 // One wave per few rows of the weight: where y has few rows, or few in a run. Sums of a Gemv are ordered otherwise than
 // those of a Gemm, so never when they may not depend on the number of rows.
 inline bool is_gemv(pb_context *ctx, i64 rows, Runs groups) {
-  return !ctx->deterministic && rows <= gemv_rows * (groups.count > 0 ? groups.count : 1);
+  return !ctx->deterministic && rows <= gemv_most * (groups.count > 0 ? groups.count : 1);
 }
 
 // One of three kernels with the same arguments: Tiles, One for a single row, Few.

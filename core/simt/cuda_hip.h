@@ -45,7 +45,9 @@ struct U4 {
   u32 v[4];
 };
 
+#define PB_WIDEN_HALF
 #ifdef __HIP__
+PB_FN float widen_half(u16 bits) { return float(__builtin_bit_cast(_Float16, bits)); }
 PB_FN float as_float(u32 bits) { return __builtin_bit_cast(float, bits); }
 PB_FN u32 as_u32(float x) { return __builtin_bit_cast(u32, x); }
 PB_FN float div_rn(float a, float b) { return a / b; }  // clang's HIP rounds both correctly unless told not to
@@ -97,6 +99,11 @@ struct Wave {
   }
 };
 #else
+PB_FN float widen_half(u16 bits) {
+  float x;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(bits));
+  return x;
+}
 PB_FN float as_float(u32 bits) { return __uint_as_float(bits); }
 PB_FN u32 as_u32(float x) { return __float_as_uint(x); }
 PB_FN float div_rn(float a, float b) { return __fdiv_rn(a, b); }  // also under -prec-div=false

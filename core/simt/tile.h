@@ -45,7 +45,11 @@ PB_FN u32 bits1(PB_GLOBAL const Bf16 *p) { return p->bits; }
 PB_FN u32 bits1(PB_GLOBAL const Fp16 *p) { return p->bits; }
 PB_FN float float_of(u32 bits, float) { return as_float(bits); }
 PB_FN float float_of(u32 bits, Bf16) { return bf16_to_float(u16(bits)); }
-PB_FN float float_of(u32 bits, Fp16) { return half_to_float(u16(bits)); }
+PB_FN float float_of(u32 bits, Fp16) { return widen_half(u16(bits)); }
+
+// All ones if a < b, else 0, for numbers below 2^31: what is not there is read from where something is, and masked off.
+// Branches around so many loads would need more masks of lanes than an AMD wave has registers for.
+PB_FN u32 below(u32 a, u32 b) { return u32(i32(a - b) >> 31); }
 
 // Eight neighbours as they are in memory: what waits in registers, and what a tile of 16-bit words takes as it is.
 template <class T>
@@ -53,23 +57,32 @@ struct Bits8 {
   enum : u32 { size = 8u * sizeof(T), of_word = 32u / size, words = 8u / of_word };
   u32 v[words];
 };
-// Elements first ... first + 7 of n, zeros behind the end; none of them unless `there`. aligned: p to 16 bytes.
+template <class T>
+PB_FN Bits8<T> load_whole8(PB_GLOBAL const T *p) {
+  Bits8<T> r;
+  PB_UNROLL
+  for (u32 h = 0; h < Bits8<T>::words / 4u; h++) {
+    const U4 a = load16((PB_GLOBAL const u32 *)p + 4u * h);
+    PB_UNROLL
+    for (u32 k = 0; k < 4; k++) r.v[4u * h + k] = a.v[k];
+  }
+  return r;
+}
+// Elements first ... first + 7 of n, zeros behind the end; none of them unless `there`. aligned: p to 16 bytes. The
+// slow way loads without branches: an element that is not there is read from the first place.
 template <class T>
 PB_FN Bits8<T> load_bits8(PB_GLOBAL const T *p, i64 first, i64 n, bool there, bool aligned) {
+  const i64 left = there ? n - first : 0;
+  if (aligned && left >= 8) return load_whole8(p + first);
   Bits8<T> r;
   PB_UNROLL
   for (u32 k = 0; k < Bits8<T>::words; k++) r.v[k] = 0;
-  if (there && aligned && first + 8 <= n) {
-    PB_UNROLL
-    for (u32 h = 0; h < Bits8<T>::words / 4u; h++) {
-      const U4 a = load16((PB_GLOBAL const u32 *)(p + first) + 4u * h);
-      PB_UNROLL
-      for (u32 k = 0; k < 4; k++) r.v[4u * h + k] = a.v[k];
-    }
-  } else if (there) {
+  if (left > 0) {
+    const u32 count = left < 8 ? u32(left) : 8u;
     PB_UNROLL
     for (u32 k = 0; k < 8; k++)
-      if (first + k < n) r.v[k / Bits8<T>::of_word] |= bits1(p + first + k) << (k % Bits8<T>::of_word * Bits8<T>::size);
+      r.v[k / Bits8<T>::of_word] |= (bits1(p + first + min_u32(k, count - 1)) & below(k, count))
+                                    << (k % Bits8<T>::of_word * Bits8<T>::size);
   }
   return r;
 }

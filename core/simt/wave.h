@@ -12,6 +12,7 @@
 //   U2 load8(PB_GLOBAL const u8 *)     store8(PB_GLOBAL u8 *, U2)     one access, 8-byte aligned
 //   u32 load4(PB_GLOBAL const u8 *)    store4(PB_GLOBAL u8 *, u32)    one access, 4-byte aligned
 //   set_flag(PB_GLOBAL u8 *)           stores 1, whoever else may do so at the same time
+//   float widen_half(u16)              optional, with PB_WIDEN_HALF: fp16 to fp32 where the bits of a NaN do not matter
 //   i32 dot4(u32 a, u32 b, i32 c)      c + the sum of four products of signed bytes
 //   Wave                 passed by value: tid() group() group_dim() lane() width() barrier() shuffle_xor(u32, u32)
 //                        shuffle(u32, u32 source_lane)
@@ -44,6 +45,10 @@ struct Bf16 {
 struct Fp16 {
   u16 bits;
 };
+
+#ifndef PB_WIDEN_HALF
+PB_FN float widen_half(u16 bits) { return half_to_float(bits); }
+#endif
 
 struct F8 {
   float v[8];
