@@ -1,5 +1,6 @@
 // The backends emulator:16, emulator:32 and emulator:64: the kernels of core/kernels on CPU tensors, run by engine.cpp
-// at three wave widths. For tests only, and so never chosen by itself.
+// at three wave widths, and products by the matrix instructions of NVIDIA and AMD. For tests only, and so never chosen
+// by itself.
 #include <cstdlib>
 #include <exception>
 #include <functional>
@@ -9,6 +10,8 @@
 #include "engine.h"
 #include "../../core/simt/emulator.h"
 #include "../../core/launch/table.h"
+#include "../../core/simt/tile_amd.h"
+#include "../../core/simt/tile_mma.h"
 
 namespace {
 
@@ -49,8 +52,9 @@ pb_status run(pb_context *ctx, int64_t groups, uint32_t group_dim, uint32_t widt
   return work.error.empty() ? PB_OK : pb::launch::fail(ctx, PB_ERROR, "%s", work.error.c_str());
 }
 
-template <uint32_t WIDTH>
+template <uint32_t WIDTH, class MULTIPLIES_WITH = pb::LaneTiles>
 struct Emulator {
+  typedef MULTIPLIES_WITH Tiles;
   static constexpr bool host_memory = true;
   static uint32_t width(pb_context *) { return WIDTH; }
   template <class K>
@@ -61,8 +65,39 @@ struct Emulator {
 
 int64_t probe(char *, uint64_t) { return 1; }
 
+// The products with matrix instructions, each emulated as what the hardware's lanes exchange; the other ops are
+// inherited from a plain width.
+template <class Device>
+constexpr pb_backend products(const char *name) {
+  const pb_backend all = pb::launch::table<Device>(name, kDLCPU, probe);
+  pb_backend b = {};
+  b.abi = all.abi;
+  b.size = all.size;
+  b.name = all.name;
+  b.device_type = all.device_type;
+  b.probe = all.probe;
+  b.matmul_kbit = all.matmul_kbit;
+  b.matmul_kbit_transposed = all.matmul_kbit_transposed;
+  b.matmul_kbit_grouped = all.matmul_kbit_grouped;
+  b.matmul_kbit_grouped_transposed = all.matmul_kbit_grouped_transposed;
+  b.matmul_kbit_int8 = all.matmul_kbit_int8;
+  b.matmul_int8 = all.matmul_int8;
+  b.linear_int8 = all.linear_int8;
+  b.linear_int8_transposed = all.linear_int8_transposed;
+  return b;
+}
+
+template <class Word>
+using Wmma3 = pb::WmmaTile<Word, 3>;
+template <class Word>
+using Wmma4 = pb::WmmaTile<Word, 4>;
+
 constexpr pb_backend backends[] = {
     pb::launch::table<Emulator<32>>("emulator:32", kDLCPU, probe),
+    products<Emulator<32, pb::MatrixTiles<pb::MmaTile>>>("emulator:mma"),
+    products<Emulator<64, pb::MatrixTiles<pb::MfmaTile>>>("emulator:mfma"),
+    products<Emulator<32, pb::MatrixTiles<Wmma3>>>("emulator:wmma3"),
+    products<Emulator<32, pb::MatrixTiles<Wmma4>>>("emulator:wmma4"),
     pb::launch::table<Emulator<64>>("emulator:64", kDLCPU, probe),
     pb::launch::table<Emulator<16>>("emulator:16", kDLCPU, probe),
 };

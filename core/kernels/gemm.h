@@ -101,6 +101,7 @@ template <class Tile, class Operand>
 struct ColumnUnits {
   enum : u32 { count = Tile::group_columns / 8 * Tile::slab_words / Tile::threads };
   static_assert(Operand::unit == 8, "columns are read in units of 8");
+  static_assert(Tile::group_columns / 8 * Tile::slab_words % Tile::threads == 0, "a slab is shared evenly");
   struct Raw {
     typename Operand::Raw of[count * Tile::per_word];
   };
@@ -283,13 +284,14 @@ struct Gemm {
   }
 };
 
-template <class T>
-using MatmulKbit = Gemm<FmaTile, Dense<T>, Kbit, false, AddBias<T>>;
-template <class T>
-using MatmulKbitTransposed = Gemm<FmaTile, Dense<T>, Kbit, true, AddBias<T>>;
-typedef Gemm<Dot4Tile, Bytes, Bytes, false, StoreInt> MatmulInt8;
-template <class T>
-using LinearInt8Transposed = Gemm<FmaTile, Dense<T>, ScaledBytes, true, AddBias<T>>;
+template <class T, class Tiles = LaneTiles>
+using MatmulKbit = Gemm<typename Tiles::template Floats<T>, Dense<T>, Kbit, false, AddBias<T>>;
+template <class T, class Tiles = LaneTiles>
+using MatmulKbitTransposed = Gemm<typename Tiles::template Floats<T>, Dense<T>, Kbit, true, AddBias<T>>;
+template <class Tiles = LaneTiles>
+using MatmulInt8 = Gemm<typename Tiles::template Bytes<Fp16>, Bytes, Bytes, false, StoreInt>;
+template <class T, class Tiles = LaneTiles>
+using LinearInt8Transposed = Gemm<typename Tiles::template Floats<T>, Dense<T>, ScaledBytes, true, AddBias<T>>;
 template <class T>
 using MatmulKbitInt8Any = Gemm<FmaTile, ByteFloats, Kbit, false, ScaleRows<T>>;  // K of any length
 

@@ -148,10 +148,10 @@ struct GemmLinearInt8 {
   }
 };
 
-template <class T>
-using MatmulKbitInt8 = GemmKbitInt8<Dot4Tile, T>;
-template <class T>
-using LinearInt8 = GemmLinearInt8<Dot4Tile, FmaTile, T>;
+template <class T, class Tiles = LaneTiles>
+using MatmulKbitInt8 = GemmKbitInt8<typename Tiles::template Bytes<T>, T>;
+template <class T, class Tiles = LaneTiles>
+using LinearInt8 = GemmLinearInt8<typename Tiles::template Bytes<T>, typename Tiles::template Floats<T>, T>;
 
 }  // namespace pb
 #endif

@@ -14,6 +14,8 @@
 
 #include "../simt/cuda_hip.h"
 #include "launch.h"
+#include "../simt/tile_amd.h"
+#include "../simt/tile_mma.h"
 
 namespace pb {
 namespace launch {
@@ -29,6 +31,12 @@ struct Nothing {
 };
 
 struct CudaHip {
+#ifdef __HIP__
+  typedef MatrixTiles<AmdTile> Tiles;
+#else
+  typedef MatrixTiles<MmaTile> Tiles;
+#endif
+
   // The context's device for as long as this lives; then the one before again.
   class OnDevice {
    public:

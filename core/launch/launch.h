@@ -2,6 +2,7 @@
 // A launcher reads the arguments, chooses the size of the launch, and hands a kernel to the device:
 //
 //   struct Device {
+//     typedef LaneTiles Tiles;             // or those of its matrix instructions: core/simt/tile.h
 //     static u32 width(pb_context *ctx);   // of a wave; the same for all launches of the context's device
 //     static constexpr bool host_memory;   // may be left out: whether the host can read the tensors at once
 //     template <class K>

@@ -62,7 +62,7 @@ pb_status launch_kbit(pb_context *ctx, const Args *a, const DLTensor *bias, Runs
   return with_float(ctx, a->x, [&](auto dtype) {
     typedef decltype(dtype) T;
     const AddBias<T> finish = {data<T>(a->y), data<const T>(bias), n};
-    return launch_product<Device, MatmulKbit<T>, GemvKbit<T, 1>, GemvKbit<T, gemv_rows>>(
+    return launch_product<Device, MatmulKbit<T, typename Device::Tiles>, GemvKbit<T, 1>, GemvKbit<T, gemv_rows>>(
         ctx, {dense<T>(a->x, rows, k), kbit_operand(a, n, k), finish, groups, rows, n, k, 0});
   });
 }
@@ -73,7 +73,7 @@ pb_status launch_kbit_transposed(pb_context *ctx, const Args *a, Runs groups) {
   const i64 n = last_dimension(a->dy), k = a->k, rows = k ? numel(a->dx) / k : 0;
   return with_float(ctx, a->dy, [&](auto dtype) {
     typedef decltype(dtype) T;
-    typedef MatmulKbitTransposed<T> K;
+    typedef MatmulKbitTransposed<T, typename Device::Tiles> K;
     const AddBias<T> finish = {data<T>(a->dx), nullptr, k};
     return launch_tiles<Device, K>(
         ctx, {dense<T>(a->dy, rows, n), kbit_operand(a, n, k), finish, groups, rows, k, n, 0}, K::group_columns);
@@ -107,15 +107,15 @@ inline Bytes bytes(const u8 *p, i64 rows, i64 columns, i64 pitch) {
 template <class Device>
 pb_status matmul_int8(pb_context *ctx, const pb_matmul_int8_args *a) {
   const i64 k = last_dimension(a->a), n = a->b->shape[0], rows = n ? numel(a->y) / n : 0;
-  return launch_product<Device, MatmulInt8, GemvInt8<1>, GemvInt8<gemv_rows>>(ctx,
-                                                                              {bytes(data<const u8>(a->a), rows, k, k),
-                                                                               bytes(data<const u8>(a->b), n, k, k),
-                                                                               {data<i32>(a->y), n},
-                                                                               one_run(),
-                                                                               rows,
-                                                                               n,
-                                                                               k,
-                                                                               0});
+  return launch_product<Device, MatmulInt8<typename Device::Tiles>, GemvInt8<1>, GemvInt8<gemv_rows>>(
+      ctx, {bytes(data<const u8>(a->a), rows, k, k),
+            bytes(data<const u8>(a->b), n, k, k),
+            {data<i32>(a->y), n},
+            one_run(),
+            rows,
+            n,
+            k,
+            0});
 }
 
 // quantize_int8 of x into scratch, a list of the outlier columns, and the product that knows both.
@@ -149,7 +149,8 @@ pb_status linear_int8(pb_context *ctx, const pb_linear_int8_args *a) {
     args.rows = rows;
     args.columns = n;
     args.k = k;
-    return launch_product<Device, LinearInt8<T>, GemvLinearInt8<T, 1>, GemvLinearInt8<T, gemv_rows>>(ctx, args);
+    return launch_product<Device, LinearInt8<T, typename Device::Tiles>, GemvLinearInt8<T, 1>,
+                          GemvLinearInt8<T, gemv_rows>>(ctx, args);
   });
 }
 
@@ -158,7 +159,7 @@ pb_status linear_int8_transposed(pb_context *ctx, const pb_linear_int8_transpose
   const i64 n = last_dimension(a->dy), k = a->weight->shape[1], rows = k ? numel(a->dx) / k : 0;
   return with_float(ctx, a->dy, [&](auto dtype) {
     typedef decltype(dtype) T;
-    typedef LinearInt8Transposed<T> K;
+    typedef LinearInt8Transposed<T, typename Device::Tiles> K;
     const u8 *q = data<const u8>(a->weight);
     const ScaledBytes weight = {q, data<const float>(a->weight_absmax), n, k, k % 8 == 0 && aligned(4, q)};
     const AddBias<T> finish = {data<T>(a->dx), nullptr, k};
@@ -190,8 +191,11 @@ pb_status matmul_kbit_int8(pb_context *ctx, const pb_matmul_kbit_int8_args *a) {
     i64 run = MatmulKbitInt8<T>::slab;  // columns that lie inside one block wherever they start at a multiple
     while (k % run || a->block % run) run /= 2;
     const KbitBytes codes = {weight.weight, n, k, weight.aligned, weight.aligned16, run / 4};
-    return launch_product<Device, MatmulKbitInt8<T>, GemvKbitInt8<T, 1>, GemvKbitInt8<T, gemv_rows>>(
-        ctx, {bytes(x, rows, k, k), codes, finish, one_run(), rows, n, k, 0});
+    const typename MatmulKbitInt8<T>::Args args = {bytes(x, rows, k, k), codes, finish, one_run(), rows, n, k, 0};
+    typedef MatmulKbitInt8<T, typename Device::Tiles> Tiles;
+    if (codes.run_words % Device::Tiles::template Bytes<T>::words)  // a block ends inside a tile
+      return launch_product<Device, MatmulKbitInt8<T>, GemvKbitInt8<T, 1>, GemvKbitInt8<T, gemv_rows>>(ctx, args);
+    return launch_product<Device, Tiles, GemvKbitInt8<T, 1>, GemvKbitInt8<T, gemv_rows>>(ctx, args);
   });
 }
 

@@ -181,5 +181,13 @@ struct LaneTile {
 typedef LaneTile<FmaWord> FmaTile;
 typedef LaneTile<Dot4Word> Dot4Tile;
 
+// What a device multiplies with: for x of type T the tile of floats, and that of bytes, both with the same C.
+struct LaneTiles {
+  template <class T>
+  using Floats = FmaTile;
+  template <class T>
+  using Bytes = Dot4Tile;
+};
+
 }  // namespace pb
 #endif

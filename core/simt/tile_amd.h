@@ -47,7 +47,8 @@ struct AmdMatrixTile : MatrixTile<Word> {
     threads = amd_threads,
     group_rows = amd_group_rows,
     group_columns = amd_group_columns,
-    slab_words = 16,
+    slab_words = 32,
+    chain_words = 16,
     stride = slab_words + 4,
     columns = 16
   };
@@ -169,6 +170,29 @@ struct WmmaTile : AmdMatrixTile<Word, 16 / Word::per_word, 16 / Word::per_word /
   }
 #endif
 };
+
+// What this architecture has. One name for all of them, as the host launches the kernel by its name.
+#if defined(__HIP_DEVICE_COMPILE__) && defined(__GFX9__)
+template <class Word>
+struct AmdTile : MfmaTile<Word> {};
+#elif defined(__HIP_DEVICE_COMPILE__) && defined(__GFX11__)
+template <class Word>
+struct AmdTile : WmmaTile<Word, 3> {};
+#elif defined(__HIP_DEVICE_COMPILE__) && defined(__GFX12__)
+template <class Word>
+struct AmdTile : WmmaTile<Word, 4> {};
+#else  // RDNA 2 has no matrix instruction; the host needs the shape alone
+template <class Word>
+struct AmdTile : FmaTile {};
+template <>
+struct AmdTile<Int8Word> : Dot4Tile {};
+#endif
+static_assert(u32(AmdTile<Fp16Word>::threads) == amd_threads && u32(AmdTile<Int8Word>::threads) == amd_threads &&
+                  u32(AmdTile<Fp16Word>::group_rows) == amd_group_rows &&
+                  u32(AmdTile<Int8Word>::group_rows) == amd_group_rows &&
+                  u32(AmdTile<Fp16Word>::group_columns) == amd_group_columns &&
+                  u32(AmdTile<Int8Word>::group_columns) == amd_group_columns,
+              "the shape of a launch");
 
 }  // namespace pb
 #endif

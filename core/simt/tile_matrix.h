@@ -32,6 +32,18 @@ struct Int8Word {
   PB_FN i32 add(u32 a, u32 b, i32 c) { return dot4(a, b, c); }
 };
 
+// The word of 16-bit activations; fp32 has none and stays with LaneTile.
+template <class T>
+struct WordOf;
+template <>
+struct WordOf<Fp16> {
+  typedef Fp16Word Type;
+};
+template <>
+struct WordOf<Bf16> {
+  typedef Bf16Word Type;
+};
+
 template <class Word>
 struct MatrixTile {
   typedef typename Word::Sum Sum;
@@ -41,8 +53,34 @@ struct MatrixTile {
     for (u32 k = 0; k < 4; k++) words.v[k] = Word::pair(x.v[2 * k], x.v[2 * k + 1]);
     store16(p, words);
   }
+  template <class T>
+  PB_FN void put(PB_LOCAL u32 *p, Bits8<T> x) {  // they are words already
+    U4 words;
+    PB_UNROLL
+    for (u32 k = 0; k < 4; k++) words.v[k] = x.v[k];
+    store16(p, words);
+  }
   PB_FN u32 word(float x, float y) { return Word::pair(x, y); }
   PB_FN void put(PB_LOCAL u32 *p, U4 x) { store16(p, x); }
+};
+
+// The tiles of a device (LaneTiles in tile.h) that has TILE for words of 16 bits and of bytes.
+template <template <class> class TILE, class T>
+struct MatrixTilesOf {
+  typedef TILE<typename WordOf<T>::Type> Floats;
+  typedef TILE<Int8Word> Bytes;
+};
+template <template <class> class TILE>
+struct MatrixTilesOf<TILE, float> {
+  typedef FmaTile Floats;
+  typedef Dot4Tile Bytes;
+};
+template <template <class> class TILE>
+struct MatrixTiles {
+  template <class T>
+  using Floats = typename MatrixTilesOf<TILE, T>::Floats;
+  template <class T>
+  using Bytes = typename MatrixTilesOf<TILE, T>::Bytes;
 };
 
 }  // namespace pb

@@ -23,6 +23,7 @@ struct MmaTile : MatrixTile<Word> {
     group_rows = 64,
     group_columns = 128,
     slab_words = 16,
+    chain_words = slab_words,
     stride = slab_words + 4,  // the 32 words of a load lie in 32 banks
     columns = 8,
     repeat_m = 1,
