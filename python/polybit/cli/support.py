@@ -15,10 +15,11 @@ from rich.table import Table
 
 import polybit
 from polybit import backends, spec
-from polybit.backends.discovery import LIBRARY_FOLDER, catalogue, family
+from polybit.backends.discovery import family
 from polybit.cli.common import WRONG, Json, console, print_json, stop
 
-NATIVE_COUNTS = Path(__file__).parent.parent / "native_counts.json"
+# The native ops of every backend, "all" or a list: what a build must hold, and what the README shows.
+NATIVE_OPS = Path(__file__).parent.parent / "native_ops.json"
 # The highest rung of a backend that was seen; 4 needs a line in docs/verified.md, which a test compares.
 RUNGS = Path(__file__).parent.parent / "rungs.json"
 RUNG_NAMES = {
@@ -30,9 +31,10 @@ RUNG_NAMES = {
 }
 
 
-def read_counts() -> dict[str, int]:
-    """The number of native ops per backend that a build must have."""
-    return dict(json.loads(NATIVE_COUNTS.read_text(encoding="utf-8")))
+def native_ops() -> dict[str, list[str]]:
+    """The native ops that each backend of this package must have; variants of a family best first."""
+    rows: dict[str, str | list[str]] = json.loads(NATIVE_OPS.read_text(encoding="utf-8"))
+    return {name: list(spec.OPS) if ops == "all" else list(ops) for name, ops in rows.items()}
 
 
 def rung(name: str) -> int:
@@ -61,30 +63,33 @@ def count(kinds: dict[str, str]) -> dict[str, int]:
     return {kind: counts[kind] for kind in ("native", "inherited", "reference")}
 
 
-def build_table() -> dict[str, dict[str, int]]:
-    """{backend: counts} of what this build holds, whether usable here or not, and of other builds' backends.
-
-    A variant that the processor lacks does not show its kernels, so the committed count of native ops stands for all.
-    """
-    backends.list_backends()
-    own = [backend for backend in catalogue.backends if Path(backend.origin).parent == LIBRARY_FOLDER]
-    committed = read_counts()
-    table: dict[str, dict[str, int]] = {}
-    for name in dict.fromkeys([*(backend.name for backend in own), *committed]):
-        native = committed.get(name, 0)
-        # The variants of a CPU stand in for each other; the emulator's are one machine at several widths.
-        others = [backend.ops for backend in own if family(name) == "cpu" == family(backend.name)]
-        inherited = max(len({op for ops in others for op in ops}) - native, 0)
-        table[name] = {"native": native, "inherited": inherited, "reference": len(spec.OPS) - native - inherited}
+def build_table() -> dict[str, dict[str, str]]:
+    """As `support`, of all backends of this package, whether they are built and usable here or not."""
+    rows = native_ops()
+    names = list(rows)
+    table: dict[str, dict[str, str]] = {}
+    for i, name in enumerate(names):
+        variants = [other for other in names[i:] if family(other) == family(name)]
+        owners = {op: next((other for other in variants if op in rows[other]), "") for op in spec.OPS}
+        kinds = {"": "reference", name: "native"}
+        table[name] = {op: kinds.get(owner, f"inherited from {owner}") for op, owner in owners.items()}
     return table
 
 
 def markdown() -> str:
-    """The table of the README."""
-    lines = ["| backend | native ops | inherited | torch reference | highest rung |", "| --- | --- | --- | --- | --- |"]
-    for name, counts in build_table().items():
-        numbers = " | ".join(str(number) for number in counts.values())
-        lines.append(f"| {name} | {numbers} | {rung(name)}: {RUNG_NAMES[rung(name)]} |")
+    """The table of the README: who runs each op, and the highest rung at which that was seen."""
+    table = build_table()
+
+    def cell(name: str, kind: str) -> str:
+        if kind == "native":
+            return f"native, {rung(name)}"
+        owner = kind.removeprefix("inherited from ")
+        return f"{owner.partition(':')[2]}, {rung(owner)}" if owner != kind else "torch"
+
+    lines = ["| " + " | ".join(["op", *table]) + " |", "| " + " | ".join(["---"] * (len(table) + 1)) + " |"]
+    lines += [
+        "| " + " | ".join([op, *(cell(name, kinds[op]) for name, kinds in table.items())]) + " |" for op in spec.OPS
+    ]
     return "\n".join(lines)
 
 
@@ -128,7 +133,7 @@ def check(
     """Run the conformance samples of every op; fail if one is wrong or fewer ops are native than committed."""
     from polybit.testing import check as check_op  # samples are built only here
 
-    wanted = read_counts()
+    wanted = native_ops()
     names = [item.name for item in backends.list_backends() if item.usable and backend in (None, item.name)]
     if not names:
         known = ", ".join(item.name for item in backends.list_backends())
@@ -143,7 +148,7 @@ def check(
             "reference": counts["reference"],
             "samples": sum(result.samples for result in results),
             "failures": [failure for result in results for failure in result.failures],
-            "native_expected": wanted.get(name, 0),
+            "native_expected": len(wanted.get(name, ())),
         }
         report[name] = row
         if as_json:
