@@ -32,9 +32,20 @@ QUANTIZERS = ("blockwise", *(f"kbit{bits}{search}" for bits in (2, 3, 4) for sea
 WIDE_LOADS = {
     f"quantize_{format}_{dtype}": 2 if dtype == "fp32" else 1 for format in QUANTIZERS for dtype in DTYPES
 } | {"quantize_absmax": 2, "copy_bytes": 1, "sum_chunks": 4, "scale_multi": 8}
-WIDE_LOADS |= {
-    f"matmul_kbit{form}_{dtype}": 2 if dtype == "fp32" else 1 for form in ("", "_transposed") for dtype in DTYPES
-}
+# Of a product: x; of a gemv also the codes of two rows of the weight.
+for dtype in DTYPES:
+    for form in ("kbit", "kbit_transposed", "linear_int8_transposed"):
+        WIDE_LOADS[f"matmul_{form}_{dtype}"] = 2 if dtype == "fp32" else 1
+    WIDE_LOADS[f"gemv_kbit_1_{dtype}"] = 4 if dtype == "fp32" else 3
+    WIDE_LOADS[f"quantize_int8_{dtype}"] = 4 if dtype == "fp32" else 2  # once for absmax, once for the codes
+    WIDE_LOADS[f"mark_outliers_{dtype}"] = 2 if dtype == "fp32" else 1
+    for form in ("matmul_linear_int8", "gemv_linear_int8_1"):
+        WIDE_LOADS[f"{form}_{dtype}"] = 2
+    WIDE_LOADS[f"matmul_kbit_int8_{dtype}"] = 1
+    WIDE_LOADS[f"gemv_kbit_int8_1_{dtype}"] = 3
+WIDE_LOADS |= {"matmul_int8": 2, "gemv_int8_1": 3}
+# Written with a product of four signed bytes at once, dp4a or v_dot4.
+DOT4 = re.compile(r"(matmul_int8|gemv_int8(_1)?|(matmul|gemv)_(linear|kbit)_int8(_1)?_(fp32|fp16|bf16))$")
 # Of the optimizers: parameter and gradient in each of three dtypes, and states in fp32.
 for name, rule in RULES.items():
     WIDE_LOADS[f"optimizer_32bit_{name}"] = 8 + 2 * rule.states
@@ -209,6 +220,7 @@ def test_nvcc_compiles_without_spills_and_with_wide_loads(tmp_path: Path, archit
         assert set(re.findall(r"\bdiv\.\S*f32", body)) <= {"div.rn.f32"}, name
         assert not re.search(r"\bmad\.\S*f32|\.ftz|\.approx", body), name
         assert not re.search(r"\bfma\.", body) or name.startswith(PRODUCTS), name
+        assert bool(re.search(r"\bdp4a\.", body)) == bool(DOT4.match(name)), name
 
 
 def require_clang() -> str:

@@ -105,7 +105,7 @@ struct LinearArgs {
   Bytes a, b;
   OutlierColumns<T> outlier_x;
   OutlierWeight outlier_weight;
-  PB_GLOBAL const i32 *outlier_count;  // or null: there are none
+  PB_GLOBAL const i32 *outlier_count;  // or null: the operands know it
   FinishLinear<T> finish;
   Runs runs;  // one
   i64 rows, columns, k;
@@ -134,9 +134,11 @@ struct GemmLinearInt8 {
     PB_LOCAL Slabs<FloatTile> *floats = (PB_LOCAL Slabs<FloatTile> *)local->words;
     const TileSums<IntTile> c =
         accumulate<IntTile, Bytes, Bytes, false>(w, ints, &local->none, a.a, a.b, row, column, a.k);
-    a.outlier_x.count = a.outlier_weight.count = a.outlier_count ? i64(*a.outlier_count) : 0;
+    OutlierColumns<T> outlier_x = a.outlier_x;  // changed in place, the arguments would lose their address spaces
+    OutlierWeight outlier_weight = a.outlier_weight;
+    if (a.outlier_count) outlier_x.count = outlier_weight.count = *a.outlier_count;
     const TileSums<FloatTile> outliers = accumulate<FloatTile, OutlierColumns<T>, OutlierWeight, false>(
-        w, floats, &local->none, a.outlier_x, a.outlier_weight, row, column, a.outlier_x.count);
+        w, floats, &local->none, outlier_x, outlier_weight, row, column, outlier_x.count);
     PB_UNROLL
     for (u32 t = 0; t < IntTile::repeat_m * IntTile::repeat_n; t++) {
       PB_UNROLL

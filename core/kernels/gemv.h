@@ -172,9 +172,11 @@ struct GemvLinearInt8 {
   PB_FN void run(Wave w, PB_LOCAL Local *local, Args a) {
     const i64 feature = gemv_feature(w, a.row_tiles), row = row_tile(w, a.row_tiles) * ROWS;
     const WaveSums<i32, ROWS> c = multiply_rows<Bytes, Bytes, ROWS>(w, local, a.a, a.b, row, a.rows, feature, a.k);
-    a.outlier_x.count = a.outlier_weight.count = a.outlier_count ? i64(*a.outlier_count) : 0;
+    OutlierColumns<T> outlier_x = a.outlier_x;  // changed in place, the arguments would lose their address spaces
+    OutlierWeight outlier_weight = a.outlier_weight;
+    if (a.outlier_count) outlier_x.count = outlier_weight.count = *a.outlier_count;
     const WaveSums<float, ROWS> outliers = multiply_rows<OutlierColumns<T>, OutlierWeight, ROWS>(
-        w, local, a.outlier_x, a.outlier_weight, row, a.rows, feature, a.outlier_x.count);
+        w, local, outlier_x, outlier_weight, row, a.rows, feature, outlier_x.count);
     for (u32 i = w.lane(); i < gemv_features * ROWS; i += w.width()) {
       const i64 m = row + i % ROWS, n = feature + i / ROWS;
       if (m < a.rows && n < a.columns)

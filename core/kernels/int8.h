@@ -150,7 +150,7 @@ struct DequantizeInt8 {
         }
         F8 y;
         PB_UNROLL
-        for (u32 k = 0; k < 8; k++) y.v[k] = (float(signed_byte(word.v[k / 4u], k % 4u)) * absmax) * inverse_127();
+        for (u32 k = 0; k < 8; k++) y.v[k] = int8_value(float(signed_byte(word.v[k / 4u], k % 4u)), absmax);
         store_part(a.y + at.row * a.columns, c, a.columns, a.aligned != 0, y);
       }
     }

@@ -328,13 +328,16 @@ struct RoundCodebook {
   }
 };
 
+// Column i of a list, or of all columns where there is none.
+PB_FN i64 listed(PB_GLOBAL const i32 *list, i64 i) { return list ? i64(list[i]) : i; }
+
 // The elements of x in the outlier columns, side by side.
 template <class T>
 struct OutlierColumns {
   PB_GLOBAL const T *x;
   i64 rows, columns;
   PB_GLOBAL const i32 *list;
-  i64 count;           // of the list; known on the device alone
+  i64 count;           // of the list, which is known on the device alone
   i64 threshold_bits;  // of the fp32
   i64 by_row;          // only what is an outlier itself; elsewhere a zero
   enum : u32 { unit = 8 };
@@ -347,7 +350,7 @@ struct OutlierColumns {
       PB_UNROLL
       for (u32 k = 0; k < 8; k++) {
         const bool there = first + k < o.count;
-        const float x = float_of(bits1(o.x + row * o.columns + o.list[there ? first + k : first]), T());
+        const float x = float_of(bits1(o.x + row * o.columns + listed(o.list, there ? first + k : first)), T());
         r.v[k] = there && (!o.by_row || is_outlier(x, threshold)) ? x : 0.0f;
       }
     }
@@ -376,7 +379,7 @@ struct OutlierWeight {
       PB_UNROLL
       for (u32 k = 0; k < 8; k++) {
         const bool there = first + k < o.count;
-        const u32 q = o.q[row * o.columns + o.list[there ? first + k : first]];
+        const u32 q = o.q[row * o.columns + listed(o.list, there ? first + k : first)];
         r.v[k] = there ? float(signed_byte(q, 0)) * scale : 0.0f;
       }
     }

@@ -137,13 +137,16 @@ pb_status linear_int8(pb_context *ctx, const pb_linear_int8_args *a) {
     const u8 *weight = data<const u8>(a->weight);
     const float *weight_absmax = data<const float>(a->weight_absmax);
     PB_TRY(quantize_int8_rows<Device>(ctx, x, rows, k, a->threshold, a->row_outliers != 0, q, pitch, absmax, outlier));
-    if (any) PB_TRY(Device::template launch<ListOutliers>(ctx, 1, row_group, {outlier, list, count, k}));
+    // The place of a column in a list depends on the other rows. Where that may not show in the order of a sum, the sum
+    // is over all columns, zeros where they are regular.
+    const bool all = any && a->row_outliers && ctx->deterministic;
+    if (any && !all) PB_TRY(Device::template launch<ListOutliers>(ctx, 1, row_group, {outlier, list, count, k}));
     LinearArgs<T> args = {};
     args.a = bytes(q, rows, k, pitch);
     args.b = bytes(weight, n, k, k);
-    args.outlier_x = {x, rows, k, list, 0, fp32_bits(a->threshold), a->row_outliers};
-    args.outlier_weight = {weight, weight_absmax, n, k, list, 0};
-    args.outlier_count = any ? count : nullptr;
+    args.outlier_x = {x, rows, k, all ? nullptr : list, all ? k : 0, fp32_bits(a->threshold), a->row_outliers};
+    args.outlier_weight = {weight, weight_absmax, n, k, all ? nullptr : list, all ? k : 0};
+    args.outlier_count = any && !all ? count : nullptr;
     args.finish = {{data<T>(a->y), data<const T>(a->bias), n}, absmax, weight_absmax};
     args.runs = one_run();
     args.rows = rows;
