@@ -336,6 +336,36 @@ def test_launchers_on_memory_that_the_host_cannot_read(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout) == (0, "2003 cases, 0 wrong\n"), done.stdout
 
 
+DETERMINISTIC = """
+import torch, polybit
+from polybit.spec.blockwise import noise
+from polybit.spec.kbit import weight
+
+x = noise((70, 200), 1)
+x[5:40, ::7] *= 6  # outliers that only some rows have
+q, q_absmax = (noise((33, 200), 2) * 40).clamp(-127, 127).to(torch.int8), noise(33, 3).abs()
+run = weight(noise((33, 200), 4), "nf4", 64, True)
+
+def products(x):
+    ops = torch.ops.polybit
+    return (
+        ops.matmul_kbit(x, *run, None, None, 33, 64, 4, 0, 0),
+        ops.linear_int8(x, q, q_absmax, None, 6.0, 1),
+    )
+
+with polybit.backend("emulator:32"):
+    together = products(x)
+    for row in (0, 5, 33, 69):
+        for whole, alone in zip(together, products(x[row : row + 1].clone())):
+            print(bool(torch.equal(whole[row : row + 1], alone)))
+"""
+
+
+def test_a_row_depends_on_itself_alone_where_that_is_asked_for() -> None:
+    assert run_python(DETERMINISTIC, POLYBIT_DETERMINISTIC="1").stdout.split() == ["True"] * 8
+    assert "False" in run_python(DETERMINISTIC).stdout  # otherwise a faster kernel takes a single row
+
+
 def test_the_emulator_is_never_chosen_by_itself() -> None:
     done = run_python("import polybit; print(polybit.backends.resolve('quantize_kbit').owner)")
     assert done.stdout.startswith("cpu:"), done.stdout
