@@ -178,12 +178,9 @@ def included(file: Path, root: Path = ROOT) -> set[Path]:
     return found
 
 
-TABLE_ENTRY = re.compile(r"^ *b\.(\w+) = \1<.*?>;\n", flags=re.MULTILINE)
-
-
 def ops_of(file: Path) -> set[str]:
     """The ops whose launchers include a kernel file."""
-    known = set(TABLE_ENTRY.findall((ROOT / TABLE).read_text(encoding="utf-8")))
+    known = set(re.findall(r"^PB_OP\((\w+),", (ROOT / "core" / "ops.def").read_text("utf-8"), flags=re.MULTILINE))
     found: set[str] = set()
     for header in (ROOT / TABLE).parent.glob("*.h"):
         path = header.relative_to(ROOT)
@@ -288,8 +285,9 @@ class Bench:
             if mutant:
                 (copy / mutant.file).write_text(mutant.apply((copy / mutant.file).read_text("utf-8")), "utf-8")
             table = (copy / TABLE).read_text(encoding="utf-8")
-            wanted = TABLE_ENTRY.sub(lambda entry: entry[0] if entry[1] in self.ops else "", table)
-            (copy / TABLE).write_text(wanted, encoding="utf-8")
+            (copy / TABLE).write_text(table.replace('"../ops.def"', '"wanted.def"'), encoding="utf-8")
+            wanted = "".join(f"PB_OP({op}, )\n" for op in sorted(self.ops))
+            (copy / TABLE).with_name("wanted.def").write_text(wanted, encoding="utf-8")
             library, built = copy / "libpolybit_emulator.so", ""
             for stage in self.stages:
                 if stage.build != built:

@@ -146,6 +146,7 @@ int main(int argc, char **argv) {
   int cases = 0, wrong = 0, number = 0;
   const pb_backend *backend;
   for (uint64_t index = 0; (backend = polybit_backend(index)); index++) {
+    if (!backend->quantize_kbit) continue;
     std::mt19937 random(20240607);
     for (int64_t block = 16; block <= 4096; block *= 2)
       for (const int64_t n : {int64_t(1), block - 1, block, block + 7, 3 * block + 8, int64_t(2055)})
