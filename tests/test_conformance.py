@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -19,20 +20,39 @@ WHOLE = ("cpu:scalar", "cpu:avx2", "cpu:avx512", "cpu:neon")
 OPTIONAL = ("pack_size_kbit", "pack_kbit", "unpack_kbit")
 
 
-@pytest.mark.parametrize("op", spec.OPS)
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_samples(op: str, backend: str) -> None:
+def turns() -> Iterator[tuple[str, str]]:
+    """Every op of every backend; what a matrix instruction's emulator inherits has its turn with the width."""
+    for backend in BACKENDS:
+        with polybit.backend(backend):
+            for op in spec.OPS:
+                if not (backend.startswith("emulator:") and resolve(op).kind == "inherited"):
+                    yield backend, op
+
+
+@pytest.mark.parametrize(("backend", "op"), list(turns()))
+def test_samples(backend: str, op: str) -> None:
     result = check(op, backend)
 
-    if result.kind == "reference":
-        assert backend.startswith("emulator"), f"{backend} has no {op} and inherits none"
-        assert result.samples == 0
-        return
     if backend in WHOLE and op not in OPTIONAL:
         assert result.kind == "native"
-    if backend.startswith("cpu:"):
-        assert result.unsupported == 0
-    assert result.samples > result.unsupported
+    assert result.samples > 0 and result.unsupported == 0
+    result.raise_failures()
+
+
+# The schedule in which a GPU's threads come is its own affair. tests/test_sanitizers.py runs other pairs.
+SCHEDULES = [
+    pytest.param(width, order, marks=() if (width, order) == (64, "shuffled:3") else pytest.mark.slow)
+    for width in (16, 32, 64)
+    for order in ("descending", "shuffled:3")
+]
+
+
+@pytest.mark.parametrize("op", spec.OPS)
+@pytest.mark.parametrize(("width", "order"), SCHEDULES)
+def test_other_schedules(op: str, width: int, order: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("POLYBIT_EMULATOR_ORDER", order)
+    result = check(op, f"emulator:{width}")
+    assert result.samples > 0 and result.unsupported == 0
     result.raise_failures()
 
 

@@ -65,6 +65,11 @@ def test_instructions(build: Callable[[str], Path], architecture: str) -> None:
         assert any(re.fullmatch(r"s_barrier(_signal)?", name) for name in names)
         assert "v_div_fixup_f32" in names  # the end of a correctly rounded division
         assert not any(name.startswith("scratch_") for name in names)
+    products = [names for kernel, names in functions.items() if "AmdTile<" in kernel]
+    matrix = {"gfx9": "v_mfma_", "gfx11": "v_wmma_", "gfx12": "v_wmma_"}.get(architecture[:-2], "")
+    for names in products:
+        assert any(name.startswith(matrix) for name in names), matrix
+    assert len(products) >= 10
 
 
 def test_the_library_wants_nothing_but_the_runtime(build: Callable[[str], Path]) -> None:

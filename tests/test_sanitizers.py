@@ -32,6 +32,22 @@ def test_samples_without_a_report(sanitized: Build, samples: tuple[Path, dict[st
         assert ops == {op: (written[op], 0, 0) for op in ops}, backend
 
 
+@pytest.mark.parametrize(
+    ("width", "order"), [(16, "shuffled:3"), (32, "descending"), pytest.param(64, "ascending", marks=pytest.mark.slow)]
+)
+def test_the_kernels_of_gpus_without_a_report(
+    sanitized: Build, samples: tuple[Path, dict[str, int]], width: int, order: str
+) -> None:
+    """On the emulator; every access of a kernel is one of this process."""
+    if sanitized.folder.name != "asan":
+        pytest.skip("ThreadSanitizer cannot follow the emulator's fibers")
+    path, written = samples
+    done = sanitized.run(path, sanitized.emulator, f"emulator:{width}", POLYBIT_EMULATOR_ORDER=order)
+    assert done.returncode == 0, done.stderr[:4000]
+    assert done.stderr == ""
+    assert counts(done.stdout) == {f"emulator:{width}": {op: (number, 0, 0) for op, number in written.items()}}
+
+
 def test_a_fault_is_reported(sanitized: Build, small: tuple[Path, int]) -> None:
     seen = {
         "asan": {"read": "AddressSanitizer: use-after-poison", "overflow": "runtime error: signed integer overflow"},

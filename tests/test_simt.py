@@ -111,12 +111,6 @@ def test_missing_barriers_are_noticed(tmp_path: Path) -> None:
         assert done.returncode == 1 and match and int(match[1]) > 140, done.stdout
 
 
-def test_emulator_under_sanitizers(tmp_path: Path) -> None:
-    program = build(tmp_path, "emulator", *SANITIZERS)
-    done = execute(program, POLYBIT_EMULATOR_ORDER="shuffled")
-    assert (done.returncode, done.stdout) == (0, "2430 cases, 0 wrong\n"), done.stderr
-
-
 # @1, @2: the first, the second call in the source of that case; T: a thread.
 MISUSE = {
     "correct": "nothing",

@@ -44,22 +44,23 @@ struct WaveSums {
   Number of[gemv_features * ROWS];
 };
 
-// How the operands are read: a weight 16 bytes at a time and without bounds, or unit by unit.
+// How the operands are read: a weight 16 bytes at a time and without bounds, or unit by unit. A lane has the same share
+// of k either way, so a sum does not depend on how tensors are aligned.
 template <class A, class B>
 struct Wide {
   enum : u32 { units = B::wide };
   typedef typename B::Wide Raw;
   PB_FN Raw fetch(B b, i64 row, i64 first) { return B::fetch_wide(b, row, first); }
   PB_FN typename A::Raw fetch_a(A a, i64 row, i64 first) { return A::fetch_whole(a, row, first); }
-  PB_FN typename B::Raw unit_of(Raw raw, u32 u) { return raw.of[u]; }
+  PB_FN typename B::Raw unit_of(B, Raw raw, i64, i64, u32 u) { return raw.of[u]; }
 };
 template <class A, class B>
 struct Narrow {
-  enum : u32 { units = 1 };
-  typedef typename B::Raw Raw;
-  PB_FN Raw fetch(B b, i64 row, i64 first) { return B::fetch(b, row, first); }
+  enum : u32 { units = B::wide > 0 ? u32(B::wide) : 1u };
+  struct Raw {};
+  PB_FN Raw fetch(B, i64, i64) { return Raw(); }
   PB_FN typename A::Raw fetch_a(A a, i64 row, i64 first) { return A::fetch(a, row, first); }
-  PB_FN typename B::Raw unit_of(Raw raw, u32) { return raw; }
+  PB_FN typename B::Raw unit_of(B b, Raw, i64 row, i64 first, u32 u) { return B::fetch(b, row, first + u * B::unit); }
 };
 
 // Sums over a lane's share of k of ROWS rows of A times gemv_features rows of B, which is read as Read says.
@@ -81,7 +82,8 @@ PB_FN WaveSums<typename B::Sum, ROWS> walk(Wave w, PB_LOCAL typename B::Local *l
     for (u32 u = 0; u < Read::units; u++) {
       typename B::Values weight[gemv_features];
       PB_UNROLL
-      for (u32 f = 0; f < gemv_features; f++) weight[f] = B::values(b, local, Read::unit_of(raw[f], u));
+      for (u32 f = 0; f < gemv_features; f++)
+        weight[f] = B::values(b, local, Read::unit_of(b, raw[f], feature + f, at, u));
       PB_UNROLL
       for (u32 m = 0; m < ROWS; m++) {
         if (m < there) {

@@ -143,10 +143,15 @@ PB_FN u32 pack_fp16(float x, float y) {
 #ifdef __HIP__
   const _Float16 pair[2] = {_Float16(x), _Float16(y)};
   return __builtin_bit_cast(u32, pair);
-#else
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
   u32 pair;
   asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(y), "f"(x));
   return pair;
+#else
+  u16 low, high;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(low) : "f"(x));
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(high) : "f"(y));
+  return low | (u32(high) << 16);
 #endif
 }
 PB_FN u32 pack_bf16(float x, float y) {

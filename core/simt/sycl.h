@@ -76,6 +76,7 @@ struct Wave {
   u32 width() const { return PB_SUB_GROUP; }
   void barrier() const { sycl::group_barrier(item.get_group()); }
   u32 shuffle_xor(u32 value, u32 mask) const { return sycl::permute_group_by_xor(item.get_sub_group(), value, mask); }
+  u32 shuffle(u32 value, u32 source) const { return sycl::select_from_group(item.get_sub_group(), value, source); }
 };
 }  // namespace pb
 

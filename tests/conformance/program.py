@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 from dataclasses import dataclass
@@ -25,6 +26,11 @@ class Build:
         return self.folder / "backends" / "cpu" / "libpolybit_cpu.so"
 
     @property
+    def emulator(self) -> Path:
+        """The emulator, where the preset has it."""
+        return self.folder / "backends" / "emulator" / "libpolybit_emulator.so"
+
+    @property
     def faulty(self) -> Path:
         """The backend with deliberate faults."""
         return self.folder / "tests" / "conformance" / "libfaulty.so"
@@ -34,10 +40,11 @@ class Build:
         """The conformance program."""
         return self.folder / "tests" / "conformance" / "conformance"
 
-    def run(self, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
-        """The conformance program with these arguments."""
+    def run(self, *arguments: str | Path, **env: str) -> subprocess.CompletedProcess[str]:
+        """The conformance program with these arguments, and these variables in its environment."""
         command = [*self.launcher, str(self.program), *map(str, arguments)]
-        return subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+        env = {**os.environ, **env}
+        return subprocess.run(command, capture_output=True, text=True, timeout=600, check=False, env=env)
 
 
 def build(preset: str, folder: Path, launcher: tuple[str, ...] = (), *, flags: str = "") -> Build:
