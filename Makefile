@@ -34,8 +34,11 @@ $(VENV)/lint-tools: requirements-lint.txt constraints.txt $(VENV)/created
 	$(PIP) install --quiet -c constraints.txt -r requirements-lint.txt
 	touch $@
 
+# Seven architectures take nvcc minutes: only where there is a GPU.
+CUDA := $(if $(wildcard /dev/nvidia0 /dev/dxg),AUTO,OFF)
+
 $(VENV)/package: $(SOURCES) constraints.txt $(VENV)/created
-	$(PIP) install -c constraints.txt .
+	$(PIP) install -c constraints.txt -C cmake.define.POLYBIT_CUDA=$(CUDA) .
 	touch $@
 
 # The last line's packages ask for other torch or transformers versions than they need here.
