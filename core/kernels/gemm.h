@@ -56,6 +56,7 @@ template <class Tile>
 PB_FN TileSums<Tile> multiply_slabs(Wave w, PB_LOCAL Slabs<Tile> *slabs, u32 first, u32 last, TileSums<Tile> c) {
   PB_LOCAL const u32 *a = slabs->a + wave_row<Tile>(w) * Tile::stride;
   PB_LOCAL const u32 *b = slabs->b + wave_column<Tile>(w) * Tile::stride;
+  PB_NO_UNROLL
   for (u32 k = first; k < last; k += Tile::words) {
     typename Tile::B right[Tile::repeat_n];
     PB_UNROLL

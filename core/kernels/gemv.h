@@ -45,22 +45,27 @@ struct WaveSums {
 };
 
 // How the operands are read: a weight 16 bytes at a time and without bounds, or unit by unit. A lane has the same share
-// of k either way, so a sum does not depend on how tensors are aligned.
+// of k either way, a chunk of each run of chunks, so a sum does not depend on how tensors are aligned.
 template <class A, class B>
 struct Wide {
-  enum : u32 { units = B::wide };
+  enum : u32 { units = B::wide, chunk = B::unit * units };
   typedef typename B::Wide Raw;
+  PB_FN i64 next(Wave w, i64 at) { return at + i64(w.width()) * chunk; }
   PB_FN Raw fetch(B b, i64 row, i64 first) { return B::fetch_wide(b, row, first); }
   PB_FN typename A::Raw fetch_a(A a, i64 row, i64 first) { return A::fetch_whole(a, row, first); }
-  PB_FN typename B::Raw unit_of(B, Raw raw, i64, i64, u32 u) { return raw.of[u]; }
+  PB_FN typename B::Raw unit_of(Raw raw, u32 u) { return raw.of[u]; }
 };
 template <class A, class B>
 struct Narrow {
-  enum : u32 { units = B::wide > 0 ? u32(B::wide) : 1u };
-  struct Raw {};
-  PB_FN Raw fetch(B, i64, i64) { return Raw(); }
+  enum : u32 { units = 1, chunk = B::unit * (B::wide > 0 ? u32(B::wide) : 1u) };
+  typedef typename B::Raw Raw;
+  PB_FN i64 next(Wave w, i64 at) {
+    at += B::unit;
+    return at % chunk ? at : at + i64(w.width() - 1u) * chunk;
+  }
+  PB_FN Raw fetch(B b, i64 row, i64 first) { return B::fetch(b, row, first); }
   PB_FN typename A::Raw fetch_a(A a, i64 row, i64 first) { return A::fetch(a, row, first); }
-  PB_FN typename B::Raw unit_of(B b, Raw, i64 row, i64 first, u32 u) { return B::fetch(b, row, first + u * B::unit); }
+  PB_FN typename B::Raw unit_of(Raw raw, u32) { return raw; }
 };
 
 // Sums over a lane's share of k of ROWS rows of A times gemv_features rows of B, which is read as Read says.
@@ -68,13 +73,12 @@ template <class A, class B, class Read, u32 ROWS>
 PB_FN WaveSums<typename B::Sum, ROWS> walk(Wave w, PB_LOCAL typename B::Local *local, A a, B b, i64 row, i64 rows,
                                            i64 feature, i64 k) {
   static_assert(u32(A::unit) == u32(B::unit), "operands are read in step");
-  const i64 chunk = i64(B::unit) * Read::units;
   WaveSums<typename B::Sum, ROWS> c;
   PB_UNROLL
   for (u32 i = 0; i < gemv_features * ROWS; i++) c.of[i] = 0;
   const i64 left = rows - row;
   const u32 there = left < ROWS ? (left < 0 ? 0u : u32(left)) : u32(ROWS);
-  for (i64 at = w.lane() * chunk; at < k; at += w.width() * chunk) {
+  for (i64 at = i64(w.lane()) * Read::chunk; at < k; at = Read::next(w, at)) {
     typename Read::Raw raw[gemv_features];
     PB_UNROLL
     for (u32 f = 0; f < gemv_features; f++) raw[f] = Read::fetch(b, feature + f, at);
@@ -82,8 +86,7 @@ PB_FN WaveSums<typename B::Sum, ROWS> walk(Wave w, PB_LOCAL typename B::Local *l
     for (u32 u = 0; u < Read::units; u++) {
       typename B::Values weight[gemv_features];
       PB_UNROLL
-      for (u32 f = 0; f < gemv_features; f++)
-        weight[f] = B::values(b, local, Read::unit_of(b, raw[f], feature + f, at, u));
+      for (u32 f = 0; f < gemv_features; f++) weight[f] = B::values(b, local, Read::unit_of(raw[f], u));
       PB_UNROLL
       for (u32 m = 0; m < ROWS; m++) {
         if (m < there) {

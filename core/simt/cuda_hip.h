@@ -30,6 +30,11 @@
   __shared__ T name##_; \
   T *name = &name##_
 #define PB_UNROLL _Pragma("unroll")
+#ifdef __HIP__
+#define PB_NO_UNROLL _Pragma("unroll 1")  // else clang holds several rounds of loads in registers, and spills on RDNA
+#else
+#define PB_NO_UNROLL
+#endif
 
 namespace pb {
 typedef uint8_t u8;

@@ -14,6 +14,7 @@
 #define PB_PRIVATE
 #define PB_SHARED(T, name) T *name = static_cast<T *>(::pb::emulator::local_memory(sizeof(T), {__FILE__, __LINE__}))
 #define PB_UNROLL
+#define PB_NO_UNROLL
 
 namespace pb {
 typedef uint8_t u8;

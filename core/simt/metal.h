@@ -16,6 +16,7 @@
   threadgroup T *name = &name##_
 #endif
 #define PB_UNROLL _Pragma("unroll")
+#define PB_NO_UNROLL
 #ifndef PB_ARGUMENTS  // the type check has its own: standard C++ copies no structure between address spaces
 #define PB_ARGUMENTS(T, name) constant T &name
 #endif

@@ -23,6 +23,7 @@ static_assert(PB_SUB_GROUP == 16 || PB_SUB_GROUP == 32 || PB_SUB_GROUP == 64,
 #define PB_LOCAL
 #define PB_PRIVATE
 #define PB_UNROLL _Pragma("unroll")
+#define PB_NO_UNROLL
 
 namespace pb {
 typedef uint8_t u8;

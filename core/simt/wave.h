@@ -4,7 +4,7 @@
 //   PB_FN                a device function, also as a static member
 //   PB_GLOBAL PB_LOCAL   address spaces, and PB_PRIVATE, that of variables: every pointer names one
 //   PB_SHARED(T, name)   declares memory of the group, in an entry point only; `name` is a PB_LOCAL T *
-//   PB_UNROLL            stands before a loop
+//   PB_UNROLL            stands before a loop; PB_NO_UNROLL before one that a compiler should leave alone
 //   u8 u16 u32 i32 i64   as_float as_u32 (bit casts)
 //   div_rn sqrt_rn       correctly rounded     fma_rn   one rounding     round_rn   to i32, ties to even, |x| < 2^31
 //   U4 load16(PB_GLOBAL const u32 *)   store16(PB_GLOBAL u32 *, U4)   one access, 16-byte aligned;

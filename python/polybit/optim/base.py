@@ -39,8 +39,7 @@ class Optimizer(torch.optim.Optimizer):
     Keyword arguments that all of them take:
         optim_bits: 32 or 8, the width of the states. 8 bits: blocks of 256, dynamic maps.
         min_8bit_size: parameters with fewer elements keep 32-bit states.
-        is_paged: keep large states in memory-mapped files, so that they may be larger than the memory; those of
-            parameters on a GPU, in pinned host memory.
+        is_paged: keep large states in memory-mapped files, or for parameters on a GPU in pinned host memory.
         page_folder: where these files are; default: TMPDIR, else /var/tmp, or what the system has in its place.
         stochastic_rounding: round new bf16 parameters up or down at random, with the right mean.
         seed: of that rounding, an integer; the same seed gives the same parameters.
