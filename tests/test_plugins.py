@@ -103,6 +103,19 @@ def test_a_failed_probe_is_reported(tmp_path: Path) -> None:
     assert "'dummy' is not usable" in problem and reason in problem and "cpu:scalar" in problem
 
 
+def test_the_device_that_another_package_adds_to_torch(tmp_path: Path) -> None:
+    """PrivateUse1, under the name that it was given; its tensors alone are its own."""
+    library = compile_library(tmp_path, "plugin.c", "external", "-DPLUGIN_DEVICE=kDLExtDev")
+    code = PRELUDE + (
+        "torch.utils.rename_privateuse1_backend('abacus')\n"
+        f"polybit.load_backend({str(library)!r})\n"
+        "print(*(info.device_type for info in list_backends() if info.name == 'dummy'))\n"
+        "print(resolve('dequantize_blockwise', 'abacus').owner, resolve('gather_kbit', 'abacus').owner)\n"
+        "assert torch.equal(op(), want) and last_backend().startswith('cpu:')\n"
+    )
+    assert run_python(code).stdout.splitlines() == ["abacus", "dummy reference"]
+
+
 def test_another_table_is_refused(tmp_path: Path) -> None:
     library = compile_library(tmp_path, "plugin.c", "foreign", "-DPLUGIN_ABI=0x1234ull")
     code = PRELUDE + (

@@ -61,7 +61,7 @@ def run_python(code: str, *, check: bool = True, **env: str) -> subprocess.Compl
 
 
 def compile_library(folder: Path, source: str, name: str, *flags: str) -> Path:
-    """Compile tests/abi/<source> against the installed headers into a shared library."""
+    """Compile tests/abi/<source>, or an absolute path, against the installed headers into a shared library."""
     cxx = source.endswith(".cpp")
     compiler = require_tool("c++", "g++", "clang++") if cxx else require_tool("cc", "gcc", "clang")
     standard = "-std=c++17" if cxx else "-std=c11"

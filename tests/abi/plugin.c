@@ -1,4 +1,4 @@
-/* A small out-of-tree backend in C11. -D options make it old, unusable, or built for another table. */
+/* A backend in C11 for the tests. -D options make it old, unusable, for another device, or built for another table. */
 #include <stddef.h>
 #include <stdio.h>
 #include <string.h>
@@ -10,6 +10,9 @@
 #endif
 #ifndef PLUGIN_SIZE
 #define PLUGIN_SIZE sizeof(pb_backend)
+#endif
+#ifndef PLUGIN_DEVICE
+#define PLUGIN_DEVICE kDLCPU
 #endif
 #ifndef PLUGIN_ABI
 #define PLUGIN_ABI PB_ABI
@@ -60,7 +63,7 @@ static const pb_backend backend = {
     .abi = PLUGIN_ABI,
     .size = PLUGIN_SIZE,
     .name = PLUGIN_NAME,
-    .device_type = kDLCPU,
+    .device_type = PLUGIN_DEVICE,
     .probe = probe,
     .dequantize_blockwise = dequantize_blockwise,
     .gather_int8 = gather_int8,

@@ -13,6 +13,7 @@ from polybit.backends.base import Kernel
 
 # DLDeviceType of core/dlpack.h -> torch device type.
 _DEVICE_TYPES = {1: "cpu", 2: "cuda", 8: "mps", 10: "cuda", 14: "xpu"}
+_PRIVATE_USE = 12  # kDLExtDev: the device that a package adds to torch, and gives its name
 
 
 def _empty_bytes(count: int, like: torch.Tensor) -> torch.Tensor:
@@ -47,7 +48,8 @@ def load_library(path: str | Path) -> list[NativeBackend]:
     """
     backends = []
     for name, device, usable, reason, kernels in _C.load(str(path)):
-        device_type = _DEVICE_TYPES.get(device)
+        private = torch._C._get_privateuse1_backend_name() if device == _PRIVATE_USE else None
+        device_type = private or _DEVICE_TYPES.get(device)
         if device_type is None:
             raise RuntimeError(f"{path}: backend {name} is for the unknown DLPack device type {device}")
         backends.append(NativeBackend(name, device_type, "" if usable else reason, str(path), kernels))
