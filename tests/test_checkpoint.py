@@ -141,7 +141,7 @@ def test_ordinary_weights_differ_by_the_offset_alone(block: int) -> None:
 @pytest.mark.parametrize("block", BLOCKS)
 @pytest.mark.parametrize("format", ["nf4", "fp4"])
 def test_bitsandbytes_reads_what_we_write(format: str, block: int, nested: bool) -> None:
-    """Its value of our state dict is ours bit for bit. Rows are whole blocks: others it gets wrong on AVX-512."""
+    """Its value of our state dict is ours. On AVX-512 it has no -0, and gets rows wrong that are not whole blocks."""
     for dtype in DTYPES:
         for storage in (torch.uint8, torch.bfloat16, torch.float32):
             weight = quantize(noise(5, 4096, seed=block).to(dtype), format, block_size=block, double_quant=nested)
@@ -149,7 +149,7 @@ def test_bitsandbytes_reads_what_we_write(format: str, block: int, nested: bool)
             data = state.pop("weight")
             parameter = bnb.nn.Params4bit.from_prequantized(data, dict(state), device="cpu")
             value = bnb.functional.dequantize_4bit(parameter.data, parameter.quant_state)
-            assert value.dtype == dtype and torch.equal(raw(value), raw(weight.dequantize()))
+            assert value.dtype == dtype and torch.equal(raw(value + 0.0), raw(weight.dequantize() + 0.0))
 
 
 @pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16])
