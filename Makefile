@@ -9,6 +9,9 @@ SOURCES := CMakeLists.txt pyproject.toml $(wildcard README.md) $(shell find core
 
 # The budget plugin prints seconds against tests/budget.toml.
 PYTEST := PATH="$(CURDIR)/$(BIN):$$PATH" PYTHONPATH=tests $(BIN)/python -m pytest -p budget
+# One file at a time for each worker, in the order of tests/budget.py.
+WORKERS ?= 2
+PARALLEL := -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 .PHONY: help demo qlora qlora-long test test-all lint format bench mutate docs matrix clean
 
@@ -82,10 +85,12 @@ build/documentation:
 	mv $@.part $@
 
 test: $(VENV)/package $(VENV)/tools $(VENV)/nvcc build/rocm/made build/sycl/made
-	$(PYTEST) -m "not slow"
+	$(PYTEST) -m "alone and not slow"
+	$(PYTEST) $(PARALLEL) -m "not alone and not slow"
 
 test-all: $(VENV)/package $(VENV)/tools $(VENV)/nvcc build/rocm/made build/sycl/made
-	$(PYTEST)
+	$(PYTEST) -m alone
+	$(PYTEST) $(PARALLEL) -m "not alone"
 
 # mypy needs torch and the typed dependencies.
 lint: $(VENV)/tools $(VENV)/lint-tools

@@ -1,4 +1,7 @@
-"""A pytest plugin (-p budget): seconds per test file against tests/budget.toml; three times over fails the run."""
+"""A pytest plugin (-p budget): seconds per test file against tests/budget.toml; three times over fails the run.
+
+The longest files come first, so that workers (pytest-xdist) end at about the same time.
+"""
 
 from __future__ import annotations
 
@@ -60,5 +63,12 @@ class Budget:
         terminalreporter.write_line(f"{sum(self.spent.values()):8.1f}           total")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    budget = read(FILE)
+    items.sort(key=lambda item: -budget.get(item.path.stem, budget["default"]))
+
+
 def pytest_configure(config: pytest.Config) -> None:
+    if hasattr(config, "workerinput"):
+        return  # a worker's seconds are added up where its reports arrive
     config.pluginmanager.register(Budget(slow="not slow" not in config.option.markexpr), "polybit-budget")

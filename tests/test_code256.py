@@ -14,6 +14,7 @@ from polybit.spec.blockwise import noise
 OPS = torch.ops.polybit
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("signed", [True, False])
 def test_is_taken(signed: bool) -> None:
     """That the proof succeeds for the dynamic maps: where it fails, the same codes take three times as long."""

@@ -15,6 +15,7 @@ from polybit.formats import get_format
 NF4 = get_format("nf4")
 CODE = torch.linspace(-1, 1, 256)
 LIMIT = 2**31
+pytestmark = pytest.mark.alone
 ops = torch.ops.polybit
 
 

@@ -321,6 +321,7 @@ def test_a_compiled_train_step_is_the_eager_one(name: str, backend: str) -> None
 # --- one call, and no copy of the parameter
 
 
+@pytest.mark.alone
 def test_ten_thousand_parameters_are_one_call_per_dtypes() -> None:
     params = [nn.Parameter(torch.ones(4, 4, dtype=(torch.float32, torch.bfloat16)[i % 2])) for i in range(10_000)]
     for i, param in enumerate(params):

@@ -131,6 +131,7 @@ print(os.waitstatus_to_exitcode(status))
     assert run_python(code, PYTHONWARNINGS="ignore").stdout.strip() == "0"
 
 
+@pytest.mark.alone
 def test_alternating_with_torch_shares_the_cores() -> None:
     """Loose, because CI machines are busy: a second pool would cost several times as much (benchmarks/openmp.py)."""
     if (os.cpu_count() or 1) < 2:
