@@ -40,19 +40,26 @@ inline void store_vec(float *p, Vec a, int n) {
     simd::store_n(p, a.v, n);
 }
 
+// Up to W elements of an 8-bit state, all of one block.
+inline Vec load_8bit(const uint8_t *codes, const float *code, float absmax, int n) {
+  const simd::F values = n == simd::W ? simd::gather_u8(code, codes) : simd::gather(code, simd::load_u8_n(codes, n));
+  return {simd::mul(values, simd::set1(absmax))};
+}
+
 inline simd::M is_finite(Vec a) { return simd::gt(simd::set1(__builtin_inff()), simd::abs_(a.v)); }
 
-// One step of n elements, their states in fp32.
-template <pb::u32 RULE>
-inline void step_block(const Call &call, float *p, const float *g, int64_t n, float *const (&s)[3]) {
+// One step of n elements. load(k, i, lanes) is state k of the elements from i on; store(k, i, lanes, value) takes its
+// next value.
+template <pb::u32 RULE, class Load, class Store>
+inline void step_block(const Call &call, float *p, const float *g, int64_t n, const Load &load, const Store &store) {
   const int states = (int)pb::optim_states(RULE);
   for (int64_t i = 0; i < n; i += simd::W) {
     const int lanes = (int)min64(n - i, simd::W);
     const Vec param = load_vec(p + i, lanes), grad = load_vec(g + i, lanes);
     Moments m = {{simd::zero()}, {simd::zero()}, {simd::zero()}};
-    if (states > 0) m.a = load_vec(s[0] + i, lanes);
-    if (states > 1) m.b = load_vec(s[1] + i, lanes);
-    if (states > 2) m.c = load_vec(s[2] + i, lanes);
+    if (states > 0) m.a = load(0, i, lanes);
+    if (states > 1) m.b = load(1, i, lanes);
+    if (states > 2) m.c = load(2, i, lanes);
     auto next = pb::optim_step<RULE>(param, pb::optim_gradient(param, grad, call.hyper, call.coupled), m, call.hyper);
     if (call.skip_nonfinite) {
       const simd::M finite = is_finite(grad);
@@ -61,15 +68,17 @@ inline void step_block(const Call &call, float *p, const float *g, int64_t n, fl
                     select(finite, next.state.c, m.c)};
     }
     store_vec(p + i, next.param, lanes);
-    if (states > 0) store_vec(s[0] + i, next.state.a, lanes);
-    if (states > 1) store_vec(s[1] + i, next.state.b, lanes);
-    if (states > 2) store_vec(s[2] + i, next.state.c, lanes);
+    if (states > 0) store(0, i, lanes, next.state.a);
+    if (states > 1) store(1, i, lanes, next.state.b);
+    if (states > 2) store(2, i, lanes, next.state.c);
   }
 }
 
 template <pb::u32 RULE>
 void step_32bit(const Call &call, float *p, const float *g, int64_t n, const States &s) {
-  step_block<RULE>(call, p, g, n, s.values);
+  step_block<RULE>(
+      call, p, g, n, [&](int k, int64_t i, int lanes) { return load_vec(s.values[k] + i, lanes); },
+      [&](int k, int64_t i, int lanes, Vec value) { store_vec(s.values[k] + i, value, lanes); });
 }
 
 // n is a whole number of blocks, unless the parameter ends.
@@ -77,13 +86,16 @@ template <pb::u32 RULE>
 void step_8bit(const Call &call, float *p, const float *g, int64_t n, const States &s) {
   const int states = (int)pb::optim_states(RULE);
   float buffer[3][state_block];
-  float *const values[3] = {buffer[0], buffer[1], buffer[2]};
-  for (int64_t i = 0; i < n; i += state_block) {
-    const int64_t count = min64(state_block, n - i), b = i / state_block;
+  for (int64_t b = 0; b * state_block < n; b++) {
+    const int64_t begin = b * state_block, count = min64(state_block, n - begin);
+    step_block<RULE>(
+        call, p + begin, g + begin, count,
+        [&](int k, int64_t i, int lanes) {
+          return load_8bit(s.codes[k] + begin + i, call.code[k], s.absmax[k][b], lanes);
+        },
+        [&](int k, int64_t i, int lanes, Vec value) { store_vec(buffer[k] + i, value, lanes); });
     for (int k = 0; k < states; k++)
-      dequantize_block(Float32(), s.codes[k] + i, count, call.code[k], s.absmax[k][b], buffer[k]);
-    step_block<RULE>(call, p + i, g + i, count, values);
-    for (int k = 0; k < states; k++) s.absmax[k][b] = quantize_block(call.encode[k], buffer[k], count, s.codes[k] + i);
+      s.absmax[k][b] = quantize_block(call.encode[k], buffer[k], count, s.codes[k] + begin);
   }
 }
 
@@ -148,8 +160,7 @@ inline States states_at(const OptimCall &a, int64_t index, int64_t i) {
 inline Vec load_state(const OptimCall &a, int64_t index, unsigned k, int64_t i, int lanes) {
   const States s = states_at(a, index, i);
   if (!a.code[0]) return load_vec(s.values[k], lanes);
-  const simd::F value = simd::gather(data<float>(a.code[k]), simd::load_u8_n(s.codes[k], lanes));
-  return {simd::mul(value, simd::set1(*s.absmax[k]))};
+  return load_8bit(s.codes[k], data<const float>(a.code[k]), *s.absmax[k], lanes);
 }
 
 // LAMB and LARS: the factor of a parameter's step.

@@ -121,7 +121,6 @@ inline F mul(F a, F b) { return _mm256_mul_ps(a, b); }
 inline F div(F a, F b) { return _mm256_div_ps(a, b); }
 inline F sqrt(F a) { return _mm256_sqrt_ps(a); }
 inline F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
-inline F madd(F a, F b, F c) { return fma(a, b, c); }
 inline F abs_(F a) { return _mm256_and_ps(a, as_float(set1i(0x7fffffff))); }
 inline F max(F a, F b) { return _mm256_max_ps(a, b); }
 inline F min(F a, F b) { return _mm256_min_ps(a, b); }
@@ -138,11 +137,9 @@ inline I xor_(I a, I b) { return _mm256_xor_si256(a, b); }
 inline I addi(I a, I b) { return _mm256_add_epi32(a, b); }
 inline I subi(I a, I b) { return _mm256_sub_epi32(a, b); }
 inline I maxi(I a, I b) { return _mm256_max_epi32(a, b); }
-inline I shl(I a, int n) { return _mm256_slli_epi32(a, n); }
 inline I shr(I a, int n) { return _mm256_srli_epi32(a, n); }
 inline I sar(I a, int n) { return _mm256_srai_epi32(a, n); }
 inline I shrv(I a, I n) { return _mm256_srlv_epi32(a, n); }
-inline I increment(I a, M m) { return _mm256_sub_epi32(a, as_int(m)); }
 inline I descend(I a, M m) { return _mm256_sub_epi32(_mm256_add_epi32(a, a), as_int(m)); }
 inline I cvt_rn(F a) { return _mm256_cvtps_epi32(a); }
 inline F to_float(I a) { return _mm256_cvtepi32_ps(a); }

@@ -87,7 +87,6 @@ inline F mul(F a, F b) { return _mm512_mul_ps(a, b); }
 inline F div(F a, F b) { return _mm512_div_ps(a, b); }
 inline F sqrt(F a) { return _mm512_sqrt_ps(a); }
 inline F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
-inline F madd(F a, F b, F c) { return fma(a, b, c); }
 inline F abs_(F a) { return as_float(_mm512_and_si512(as_int(a), set1i(0x7fffffff))); }
 inline F max(F a, F b) { return _mm512_max_ps(a, b); }
 inline F min(F a, F b) { return _mm512_min_ps(a, b); }
@@ -104,11 +103,9 @@ inline I xor_(I a, I b) { return _mm512_xor_si512(a, b); }
 inline I addi(I a, I b) { return _mm512_add_epi32(a, b); }
 inline I subi(I a, I b) { return _mm512_sub_epi32(a, b); }
 inline I maxi(I a, I b) { return _mm512_max_epi32(a, b); }
-inline I shl(I a, int n) { return _mm512_slli_epi32(a, (unsigned)n); }
 inline I shr(I a, int n) { return _mm512_srli_epi32(a, (unsigned)n); }
 inline I sar(I a, int n) { return _mm512_srai_epi32(a, (unsigned)n); }
 inline I shrv(I a, I n) { return _mm512_srlv_epi32(a, n); }
-inline I increment(I a, M m) { return _mm512_mask_add_epi32(a, m, a, set1i(1)); }
 inline I descend(I a, M m) {
   const I twice = _mm512_add_epi32(a, a);
   return _mm512_mask_add_epi32(twice, m, twice, set1i(1));

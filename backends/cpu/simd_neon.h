@@ -129,7 +129,6 @@ inline F mul(F a, F b) { return vmulq_f32(a, b); }
 inline F div(F a, F b) { return vdivq_f32(a, b); }
 inline F sqrt(F a) { return vsqrtq_f32(a); }
 inline F fma(F a, F b, F c) { return vfmaq_f32(c, a, b); }
-inline F madd(F a, F b, F c) { return fma(a, b, c); }
 inline F abs_(F a) { return vabsq_f32(a); }
 inline M gt(F a, F b) { return vcgtq_f32(a, b); }
 inline M ge(F a, F b) { return vcgeq_f32(a, b); }
@@ -150,11 +149,9 @@ inline I xor_(I a, I b) { return veorq_s32(a, b); }
 inline I addi(I a, I b) { return vaddq_s32(a, b); }
 inline I subi(I a, I b) { return vsubq_s32(a, b); }
 inline I maxi(I a, I b) { return vmaxq_s32(a, b); }
-inline I shl(I a, int n) { return vshlq_s32(a, vdupq_n_s32(n)); }
 inline I sar(I a, int n) { return vshlq_s32(a, vdupq_n_s32(-n)); }
 inline I shrv(I a, I n) { return as_signed(vshlq_u32(as_unsigned(a), vnegq_s32(n))); }
 inline I shr(I a, int n) { return shrv(a, vdupq_n_s32(n)); }
-inline I increment(I a, M m) { return vsubq_s32(a, as_signed(m)); }
 inline I descend(I a, M m) { return vsubq_s32(vaddq_s32(a, a), as_signed(m)); }
 inline I cvt_rn(F a) { return vcvtnq_s32_f32(a); }
 inline F to_float(I a) { return vcvtq_f32_s32(a); }

@@ -88,8 +88,6 @@ inline F mul(F a, F b) { return a * b; }
 inline F div(F a, F b) { return a / b; }
 inline F sqrt(F a) { return __builtin_sqrtf(a); }
 inline F fma(F a, F b, F c) { return __builtin_fmaf(a, b, c); }
-// a * b + c, rounded once or twice.
-inline F madd(F a, F b, F c) { return a * b + c; }
 inline F abs_(F a) { return as_float(as_int(a) & 0x7fffffff); }
 // Where one is NaN, b.
 inline F max(F a, F b) { return a > b ? a : b; }
@@ -107,11 +105,9 @@ inline I xor_(I a, I b) { return a ^ b; }
 inline I addi(I a, I b) { return (I)((uint32_t)a + (uint32_t)b); }
 inline I subi(I a, I b) { return (I)((uint32_t)a - (uint32_t)b); }
 inline I maxi(I a, I b) { return a > b ? a : b; }
-inline I shl(I a, int n) { return (I)((uint32_t)a << n); }
 inline I shr(I a, int n) { return (I)((uint32_t)a >> n); }
 inline I sar(I a, int n) { return a >> n; }
 inline I shrv(I a, I n) { return (I)((uint32_t)a >> n); }
-inline I increment(I a, M m) { return addi(a, m); }
 // 2 * a + (m ? 1 : 0): one step down a heap-ordered search tree.
 inline I descend(I a, M m) { return 2 * a + m; }
 
