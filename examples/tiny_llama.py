@@ -97,7 +97,8 @@ def batches(tokens: Tensor, size: int, seed: int) -> Iterator[Tensor]:
 
 
 def loss_of(model: nn.Module, batch: Tensor) -> Tensor:
-    """Mean cross-entropy of the next token, nats."""
+    """Mean cross-entropy of the next token, nats; on the model's device."""
+    batch = batch.to(next(model.parameters()).device)
     loss: Tensor = model(input_ids=batch, labels=batch).loss
     return loss
 
