@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
+import subprocess
 import sys
+from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from types import ModuleType
 
@@ -34,6 +38,18 @@ void f(const T &x, Wave w) {
   w.barrier();  // meet
   if (x->a[i] >= b && (tid & ~(lanes -
                               1u)) == 0) y = data<float>(x) << 2;
+  static_assert(N < 3, "checked by the compiler");
+}
+"""
+SWITCHED = """\
+#if PB_N < 3  // a < b
+template <class T>  /* a < b */
+void f(const T &x, Wave w) {
+  for (u32 k = 0; k < PB_BOUND(1, 2) < n; k++) v = max(v, (PB_ON(3) ? (g(v, 1)) : w.shuffle_xor(g(v, 1), mask)));
+  (PB_ON(4) ? void() : w.barrier());  // meet
+  if (x->a[i] >= PB_BOUND(5, 6) >= b && (tid & PB_MASK(7) & ~(lanes -
+                              1u)) == PB_BOUND(8, 8) == 0) y = data<float>(x) << 2;
+  static_assert(N < 3, "checked by the compiler");
 }
 """
 CHANGES = [
@@ -55,6 +71,35 @@ def test_each_kind_of_mutant() -> None:
         assert "".join(mutant.after.split()) in "".join(mutant.apply(SOURCE).split())
 
 
+def test_all_mutants_behind_switches() -> None:
+    numbered = {mutant: number for number, mutant in enumerate(mutate.mutants(KBIT, SOURCE), 1)}
+    assert mutate.switched(SOURCE, numbered) == SWITCHED
+
+
+def test_operators_of_the_switches(tmp_path: Path) -> None:
+    """Every comparison and the mask, off and as each of their mutants, of integers and of floats."""
+    require_tool("g++", "c++", "clang++")
+    (tmp_path / "switches.h").write_text(mutate.switches(2), encoding="utf-8")
+    expected, lines = [], []
+    for operator, replacements in mutate.BOUNDS.items():
+        for left, right in product((1, 2, 3), repeat=2):
+            for suffix in ("", ".0f"):
+                switched = f"{left}{suffix} {operator} PB_BOUND(1, 2) {operator} {right}{suffix}"
+                lines.append(f'printf("%d", {switched});')
+                texts = (operator, replacements[0], replacements[-1])
+                expected.append([int(eval(f"{left} {text} {right}")) for text in texts])
+    lines.append('printf("%d", 13u & PB_MASK(2) & 6u);')
+    expected.append([4, 4, 13])
+    (tmp_path / "main.cpp").write_text(
+        f'#include "switches.h"\n#include <stdio.h>\nint main() {{\n{"".join(lines)}\n}}\n'
+    )
+    subprocess.run([mutate.compiler(), "-std=c++17", "main.cpp", "-o", "main"], check=True, cwd=tmp_path)
+    for mutant in (0, 1, 2):
+        env = {**os.environ, "POLYBIT_MUTANT": str(mutant)}
+        done = subprocess.run([str(tmp_path / "main")], check=True, capture_output=True, text=True, env=env)
+        assert done.stdout == "".join(str(values[mutant]) for values in expected), mutant
+
+
 def test_every_barrier_and_shuffle_of_the_kernels_is_mutated() -> None:
     for path in sorted((ROOT / "core" / "kernels").glob("*.h")):
         text = path.read_text(encoding="utf-8")
@@ -65,21 +110,36 @@ def test_every_barrier_and_shuffle_of_the_kernels_is_mutated() -> None:
         assert not found or mutate.ops_of(path.relative_to(ROOT)), path.name
 
 
-def test_a_removed_barrier_is_killed_and_an_equivalent_mutant_survives(tmp_path: Path) -> None:
+def test_what_samples_notice(tmp_path: Path) -> None:
+    """Mutants of one build and the same ones built apart; one that only AddressSanitizer sees, one that is none."""
     require_tool("g++", "c++", "clang++")
     text = (ROOT / KBIT).read_text(encoding="utf-8")
-    barrier = [mutant for mutant in mutate.mutants(KBIT, text) if mutant.kind == "barrier"][-1]
-    at = text.index("first < a.n")
-    same = mutate.Mutant(KBIT, "bound", at, at + 11, "a.n > first", 0, "first < a.n", "a.n > first")
+    begin = text.index("struct DequantizeKbit")
+    found = [mutant for mutant in mutate.mutants(KBIT, text) if mutant.begin > begin]
+    barrier = next(mutant for mutant in found if mutant.kind == "barrier")
+    behind, before = (next(m for m in found if m.after == f"if (first {o} a.n) {{") for o in ("<=", "+ 1 <"))
+    at = text.index("first < a.n", begin)
     broken = mutate.Mutant(KBIT, "bound", at, at + 11, "first < nothing", 0, "first < a.n", "first < nothing")
-    assert mutate.ops_of(KBIT) >= {"quantize_kbit", "dequantize_kbit"}
+    apart = [replace(barrier, line=0), broken]
     bench = mutate.Bench(
-        tmp_path, {"dequantize_kbit"}, [mutate.Stage("plain", 3, [("ascending", 32), ("shuffled", 16)])]
+        tmp_path,
+        {"dequantize_kbit"},
+        [barrier, behind, before, *apart],
+        every=3,
+        builds=["plain"],
+        backends=["emulator:32", "emulator:16"],
+        apart=set(apart),
     )
-    killed, survived, failed = mutate.run(bench, [barrier, same, broken], 2)
-    assert killed.killed_by.startswith("emulator:") and "dequantize_kbit" in killed.killed_by
-    assert survived == mutate.Result(same)
+    results = {result.mutant: result for result in mutate.run(bench, bench.mutants, 2)}
+    shared, survived, killed, alone, failed = (results[mutant] for mutant in bench.mutants)
+    assert shared.killed_by.startswith("emulator:") and ", plain: dequantize_kbit, sample " in shared.killed_by
+    assert shared.killed_by == alone.killed_by
+    assert survived == mutate.Result(behind)  # reads behind an input
+    assert "dequantize_kbit" in killed.killed_by
     assert failed == mutate.Result(broken, not_compiled=True)
+    assert bench.op_of and set(bench.op_of.values()) == {"dequantize_kbit"}
+    # A mutant is held to the samples that have an end in the middle of eight, and no others.
+    assert 0 < len(bench.telling[before]) < len(bench.seconds)
 
 
 def test_score_and_exit_status(capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,10 +10,15 @@ Kinds of mutants:
 - bound: a comparison is weakened, and strengthened, by one; ``==`` and ``!=`` are exchanged;
 - mask: ``x & m`` becomes ``x``.
 
-The emulator is built with each mutant (the ops that its file has no part in left out) and held to the samples by the
-conformance program of tests/conformance until one fails: first some samples, then all of them at every width and
-schedule, then, built again with AddressSanitizer and UndefinedBehaviorSanitizer, once at each width. A crash or a hang
-kills, too. A mutant that does not compile is none.
+One build of the emulator holds all mutants, and POLYBIT_MUTANT says which of them is on: ``a < b`` is compiled as
+``a < PB_BOUND(7, 8) < b``, whose operators compare as mutant 7 or 8 does where that one is on. What must be a constant
+cannot be chosen at run time, so such mutants are built apart, one by one.
+
+First every sample runs once on each backend with all mutants off, while the library notes where a mutant would have
+computed anything else (a barrier or a shuffle: where it was reached). No other sample can tell the mutant from the
+original. Those are what the mutant is held to, on every backend, each with one schedule (barriers and shuffles: with
+all), until one fails: the quickest of each op first, then the quickest built with AddressSanitizer and
+UndefinedBehaviorSanitizer, then the rest. A crash or a hang kills, too. A mutant that does not compile is none.
 
 tools/mutate.json explains survivors that are equivalent to the original; an explanation that explains nothing is an
 error. Exit status 1: less than 95% of the mutants that are not explained were killed, or such an error.
@@ -30,8 +35,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Collection, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
@@ -39,33 +45,107 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 KERNELS = Path("core/kernels")
 EMULATOR = Path("backends/emulator")
-TABLE = Path("core/launch/table.h")
+LAUNCHERS = Path("core/launch")
 EXPLANATIONS = ROOT / "tools" / "mutate.json"
 LEAST = 95.0  # percent
-TIMEOUT = 60.0  # seconds for one run of the program
 FLAGS = ["-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-pthread", "-w"]
+FLAGS += ["-ftrivial-auto-var-init=pattern"]  # what a mutant leaves without a value has a strange one
 BUILDS = {
     "plain": ["-fsanitize=bounds,shift", "-fsanitize-undefined-trap-on-error"],
     "sanitized": ["-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
 }
-ORDERS, WIDTHS = ("ascending", "descending", "shuffled"), (32, 16, 64)
+ORDERS, WIDTHS = ("ascending", "descending", "shuffled"), ("emulator:32", "emulator:16", "emulator:64")
+# Each backend with the schedule that every mutant is run under.
+SCHEDULES = {**dict(zip(WIDTHS, ORDERS)), "emulator:mma": "shuffled"}
+QUICK = 20  # the samples that are tried first, on every backend
+SANITIZED = 60  # the samples that are tried under sanitizers, on every backend
+# A run of samples may take this many times what the original takes, and at least so many seconds.
+PATIENCE = {"plain": (20.0, 5.0), "sanitized": (100.0, 20.0)}
 
+# Included before the sources of the build that holds all mutants. All operators here have the precedence of those that
+# they stand in for; `left` is the left operand, which has met the place of the mutants already.
+SWITCHES = """\
+#pragma once
+#include <stddef.h>
+#include <stdlib.h>
 
-@dataclass(frozen=True)
-class Stage:
-    """What a mutant must survive: a build, every n-th sample, and these schedules and widths."""
+namespace polybit_mutants {
+enum : int { tracing = -1 };
+inline const int chosen = getenv("POLYBIT_MUTANT") ? atoi(getenv("POLYBIT_MUTANT")) : 0;
+inline unsigned char seen[@COUNT@];  // by mutant: it would have computed something else
 
-    build: str
-    every: int
-    runs: Sequence[tuple[str, int]]
+#define PB_INLINE inline __attribute__((always_inline))
+#define PB_APART __attribute__((noinline))
 
+// Whether a place is as it is in the source.
+PB_INLINE bool plain(int weak, int strong) {
+  return __builtin_expect(chosen != weak && chosen != strong && chosen != tracing, 1);
+}
+PB_INLINE bool on(int mutant) {
+  if (plain(mutant, mutant)) return false;
+  seen[mutant] = 1;
+  return chosen == mutant;
+}
+inline bool choose(bool original, int weak, bool weaker, int strong, bool stronger) {
+  if (chosen == tracing) {
+    if (weaker != original) seen[weak] = 1;
+    if (stronger != original) seen[strong] = 1;
+  }
+  return chosen == weak ? weaker : chosen == strong ? stronger : original;
+}
 
-# The first one is quick and kills most.
-STAGES = (
-    Stage("plain", 5, list(zip(ORDERS, WIDTHS))),
-    Stage("plain", 1, list(product(ORDERS, WIDTHS))),
-    Stage("sanitized", 1, list(zip(ORDERS, WIDTHS))),
-)
+template <int WEAK, int STRONG>
+struct Bound {};
+@BOUNDS@
+template <int MUTANT>
+struct Mask {};
+template <class L, int MUTANT>
+struct Masked {
+  L left;
+};
+template <class L, int MUTANT>
+PB_INLINE Masked<L, MUTANT> operator&(L left, Mask<MUTANT>) {
+  return {left};
+}
+template <class L, int MUTANT, class R>
+PB_APART auto unmasked(L left, R right) -> decltype(left & right) {
+  const auto original = left & right;
+  if (chosen == tracing && original != left) seen[MUTANT] = 1;
+  return chosen == MUTANT ? left : original;
+}
+template <class L, int MUTANT, class R>
+PB_INLINE auto operator&(Masked<L, MUTANT> x, R right) -> decltype(x.left & right) {
+  return plain(MUTANT, MUTANT) ? x.left & right : unmasked<L, MUTANT, R>(x.left, right);
+}
+}  // namespace polybit_mutants
+
+extern "C" __attribute__((visibility("default"), used)) inline unsigned char *polybit_mutants_trace(size_t *count) {
+  *count = sizeof polybit_mutants::seen;
+  return polybit_mutants::seen;
+}
+
+#define PB_BOUND(weak, strong) ::polybit_mutants::Bound<weak, strong>()
+#define PB_MASK(mutant) ::polybit_mutants::Mask<mutant>()
+#define PB_ON(mutant) ::polybit_mutants::on(mutant)
+"""
+SWITCHED_BOUND = """\
+template <class L, int WEAK, int STRONG>
+struct @NAME@ {
+  L left;
+};
+template <class L, int WEAK, int STRONG>
+PB_INLINE @NAME@<L, WEAK, STRONG> operator@OP@(L left, Bound<WEAK, STRONG>) {
+  return {left};
+}
+template <class L, int WEAK, int STRONG, class R>
+PB_APART bool moved(@NAME@<L, WEAK, STRONG> x, R right) {
+  return choose(x.left @OP@ right, WEAK, x.left @WEAKER@ right, STRONG, x.left @STRONGER@ right);
+}
+template <class L, int WEAK, int STRONG, class R>
+PB_INLINE bool operator@OP@(@NAME@<L, WEAK, STRONG> x, R right) {
+  return plain(WEAK, STRONG) ? x.left @OP@ right : moved(x, right);
+}
+"""
 
 
 @dataclass(frozen=True)
@@ -87,8 +167,11 @@ class Mutant:
 
 
 def blanked(source: str) -> str:
-    """The source with comments, strings and preprocessor lines as blanks: every place keeps its offset."""
-    pattern = r'//[^\n]*|/\*.*?\*/|"(?:\\.|[^"\\\n])*"|^[ \t]*#(?:[^\n]*\\\n)*[^\n]*'
+    """The source with what never runs as blanks, and every place at its offset.
+
+    That is comments, strings, preprocessor lines and static assertions.
+    """
+    pattern = r'//[^\n]*|/\*.*?\*/|"(?:\\.|[^"\\\n])*"|^[ \t]*#(?:[^\n]*\\\n)*[^\n]*|\bstatic_assert\([^;]*;'
     return re.sub(pattern, lambda m: re.sub(r"[^\n]", " ", m[0]), source, flags=re.MULTILINE | re.DOTALL)
 
 
@@ -164,6 +247,35 @@ def mutants(file: Path, source: str) -> list[Mutant]:
     return result
 
 
+def switches(count: int) -> str:
+    """The header of the build that holds `count` mutants."""
+    bounds = ""
+    for number, (operator, replacements) in enumerate(BOUNDS.items()):
+        weaker, stronger = replacements[0], replacements[-1]
+        text = SWITCHED_BOUND.replace("@NAME@", f"Left{number}").replace("@OP@", operator)
+        bounds += text.replace("@WEAKER@", weaker).replace("@STRONGER@", stronger)
+    return SWITCHES.replace("@BOUNDS@", bounds).replace("@COUNT@", str(count + 1))
+
+
+def switched(source: str, numbered: Mapping[Mutant, int]) -> str:
+    """A file with its mutants behind switches: each by its number."""
+    inserted: dict[int, str] = defaultdict(str)
+    places: dict[tuple[int, int], list[int]] = defaultdict(list)
+    for mutant, number in numbered.items():
+        if mutant.kind == "bound":
+            places[mutant.begin, mutant.end].append(number)
+        elif mutant.kind == "mask":
+            inserted[source.index("&", mutant.begin)] += f"& PB_MASK({number}) "
+        else:
+            inserted[mutant.begin] += f"(PB_ON({number}) ? {mutant.text or 'void()'} : "
+            inserted[mutant.end] += ")"
+    for (begin, end), (weak, *strong) in places.items():
+        inserted[begin] += f"{source[begin:end]} PB_BOUND({weak}, {strong[0] if strong else weak}) "
+    for at in sorted(inserted, reverse=True):
+        source = source[:at] + inserted[at] + source[at:]
+    return source
+
+
 def included(file: Path, root: Path = ROOT) -> set[Path]:
     """The files below the root that a file includes, itself among them, directly or not."""
     found: set[Path] = set()
@@ -182,9 +294,9 @@ def ops_of(file: Path) -> set[str]:
     """The ops whose launchers include a kernel file."""
     known = set(re.findall(r"^PB_OP\((\w+),", (ROOT / "core" / "ops.def").read_text("utf-8"), flags=re.MULTILINE))
     found: set[str] = set()
-    for header in (ROOT / TABLE).parent.glob("*.h"):
+    for header in (ROOT / LAUNCHERS).glob("*.h"):
         path = header.relative_to(ROOT)
-        if path != TABLE and file in included(path):
+        if path != LAUNCHERS / "table.h" and file in included(path):
             found.update(re.findall(r"\bpb_(\w+)_args\b", header.read_text(encoding="utf-8")))
     return found & known
 
@@ -202,50 +314,47 @@ class CompileError(Exception):
     """What the compiler said."""
 
 
-def compile_cpp(*arguments: str | Path) -> None:
-    """Run the compiler."""
-    done = subprocess.run([compiler(), *FLAGS, *map(str, arguments)], capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise CompileError(done.stderr)
+@dataclass(frozen=True)
+class Turn:
+    """Samples that run in one process."""
+
+    build: str
+    backend: str
+    order: str
+    samples: Sequence[int]
 
 
 @dataclass
 class Bench:
-    """Builds mutants of the kernels of some ops in `folder` and runs their samples on them."""
+    """Builds mutants of the kernels of some ops in `folder` and runs samples on them: every n-th of these ops."""
 
     folder: Path
     ops: Collection[str]
-    stages: Sequence[Stage] = STAGES
-    sources: list[Path] = field(init=False)
+    mutants: Sequence[Mutant]
+    every: int = 1
+    builds: Sequence[str] = tuple(BUILDS)
+    backends: Sequence[str] = tuple(SCHEDULES)
+    apart: set[Mutant] = field(default_factory=set)  # those that cannot be chosen at run time
+    seconds: dict[tuple[str, int], float] = field(default_factory=dict)  # of the original, by backend and sample
+    telling: dict[Mutant, list[tuple[str, int]]] = field(default_factory=lambda: defaultdict(list))
+    op_of: dict[int, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Copy the sources, so that they may change meanwhile; write the samples; build what no mutant changes."""
+        """Copy the sources, so that they may change meanwhile; write the samples; build; trace."""
         import polybit
 
         for tree in (Path("core"), EMULATOR):
             shutil.copytree(ROOT / tree, self.original / tree)
         self.include = Path(polybit.__file__).parent / "include"
         script = ROOT / "tests" / "conformance" / "samples.py"
-        for every in {stage.every for stage in self.stages}:
-            options = [str(self.samples(every)), "--every", str(every), "--ops", *sorted(self.ops)]
-            subprocess.run([sys.executable, str(script), *options], check=True, stdout=subprocess.DEVNULL)
-        self.sources = [path.relative_to(self.original) for path in sorted((self.original / EMULATOR).glob("*.cpp"))]
-        program = [ROOT / f"tests/conformance/{name}.cpp" for name in ("conformance", "call", "samples")]
-        program.append(self.original / "core/registry.cpp")
+        options = [str(self.samples), "--every", str(self.every), "--ops", *sorted(self.ops)]
+        subprocess.run([sys.executable, str(script), *options], check=True, stdout=subprocess.DEVNULL)
+        self.numbers = {mutant: number for number, mutant in enumerate(self.mutants, 1)}
+        self._build_program(self.builds[0])
+        self._build_switched()
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            work = [
-                pool.submit(
-                    self._compile, build, *program, "-I", self.original / "core", "-ldl", "-o", self.program(build)
-                )
-                for build in self.builds
-            ]
-            for build, source in product(self.builds, self.sources):
-                if not self._has_kernels(source):
-                    work.append(
-                        pool.submit(
-                            self._compile, build, "-c", self.original / source, "-o", self.object(build, source)
-                        )
-                    )
+            work = [pool.submit(self._build_again, build) for build in self.builds[1:]]
+            work += [pool.submit(self._trace, backend) for backend in self.backends]
             for one in work:
                 one.result()
 
@@ -255,66 +364,142 @@ class Bench:
         return self.folder / "original"
 
     @property
-    def builds(self) -> list[str]:
-        """The builds of the stages."""
-        return list(dict.fromkeys(stage.build for stage in self.stages))
-
-    def samples(self, every: int) -> Path:
-        """Every n-th sample of the ops."""
-        return self.folder / f"samples-{every}"
-
-    def program(self, build: str) -> Path:
-        """The conformance program."""
-        return self.folder / f"{build}-conformance"
-
-    def object(self, build: str, source: Path) -> Path:
-        """What a source that includes no kernel was compiled to."""
-        return self.folder / f"{build}-{source.stem}.o"
+    def samples(self) -> Path:
+        """The file of samples."""
+        return self.folder / "samples"
 
     def _compile(self, build: str, *arguments: str | Path) -> None:
-        compile_cpp(*BUILDS[build], f"-I{self.include}", *arguments)
+        command = [compiler(), *FLAGS, *BUILDS[build], f"-I{self.include}", *map(str, arguments)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise CompileError(done.stderr)
 
-    def _has_kernels(self, source: Path) -> bool:
-        return any(path.is_relative_to(KERNELS) for path in included(source, self.original))
+    def _build_program(self, build: str) -> None:
+        """The program of tests/conformance/mutants.cpp, and the sources of the emulator that no mutant changes."""
+        sources = [ROOT / f"tests/conformance/{name}.cpp" for name in ("mutants", "check", "call", "samples")]
+        sources.append(self.original / "core/registry.cpp")
+        self._compile(build, *sources, "-I", self.original / "core", "-ldl", "-o", self._program(build))
+        for source in self._sources(kernels=False):
+            self._compile(build, "-c", self.original / source, "-o", self._object(build, source))
 
-    def killed_by(self, mutant: Mutant | None) -> str | None:
-        """What killed a mutant, or the sources as they are for None; None if nothing did."""
-        with tempfile.TemporaryDirectory(dir=self.folder) as name:
-            copy = Path(name) / "mutant"
-            shutil.copytree(self.original, copy)
-            if mutant:
-                (copy / mutant.file).write_text(mutant.apply((copy / mutant.file).read_text("utf-8")), "utf-8")
-            table = (copy / TABLE).read_text(encoding="utf-8")
-            (copy / TABLE).write_text(table.replace('"../ops.def"', '"wanted.def"'), encoding="utf-8")
-            wanted = "".join(f"PB_OP({op}, )\n" for op in sorted(self.ops))
-            (copy / TABLE).with_name("wanted.def").write_text(wanted, encoding="utf-8")
-            library, built = copy / "libpolybit_emulator.so", ""
-            for stage in self.stages:
-                if stage.build != built:
-                    self._link(stage.build, copy, library)
-                    built = stage.build
-                if cause := self._run(stage, library):
-                    return cause
-        return None
+    def _program(self, build: str) -> Path:
+        return self.folder / f"{build}-mutants"
 
-    def _link(self, build: str, copy: Path, library: Path) -> None:
-        parts = [copy / s if self._has_kernels(s) else self.object(build, s) for s in self.sources]
-        self._compile(build, "-shared", *parts, "-o", library)
+    def _object(self, build: str, source: Path) -> Path:
+        return self.folder / f"{build}-{source.stem}.o"
 
-    def _run(self, stage: Stage, library: Path) -> str | None:
-        for order, width in stage.runs:
-            backend = f"emulator:{width}"
-            command = [str(self.program(stage.build)), str(self.samples(stage.every)), str(library), backend]
-            env = {**os.environ, "POLYBIT_EMULATOR_ORDER": order}
+    def _sources(self, kernels: bool) -> list[Path]:
+        """The emulator's sources that include kernels, or the others."""
+        sources = [path.relative_to(self.original) for path in sorted((self.original / EMULATOR).glob("*.cpp"))]
+        return [s for s in sources if kernels == any(f.is_relative_to(KERNELS) for f in included(s, self.original))]
+
+    def _link(self, build: str, tree: Path, library: Path, *options: str | Path) -> None:
+        """The emulator from the kernels in `tree`, with the wanted ops."""
+        wanted = tree / "wanted.def"
+        wanted.write_text("".join(f"PB_OP({op}, )\n" for op in sorted(self.ops)), encoding="utf-8")
+        objects = [self._object(build, source) for source in self._sources(kernels=False)]
+        sources = [tree / source for source in self._sources(kernels=True)]
+        self._compile(build, f'-DPB_TABLE_OPS="{wanted}"', *options, "-shared", *sources, *objects, "-o", library)
+
+    @property
+    def _header(self) -> Path:
+        return self.folder / "switched" / "switches.h"
+
+    def _switched(self, build: str) -> Path:
+        return self.folder / f"{build}-switched.so"
+
+    def _build_switched(self) -> None:
+        """The first of the builds that hold all mutants, but for those that the compiler wants constant."""
+        tree = self.folder / "switched"
+        shutil.copytree(self.original, tree)
+        self._header.write_text(switches(len(self.mutants)), encoding="utf-8")
+        while True:
+            for file in {mutant.file for mutant in self.mutants}:
+                numbered = {m: n for m, n in self.numbers.items() if m.file == file and m not in self.apart}
+                text = switched((self.original / file).read_text(encoding="utf-8"), numbered)
+                (tree / file).write_text(text, encoding="utf-8")
             try:
-                done = subprocess.run(
-                    command, env=env, capture_output=True, text=True, errors="replace", timeout=TIMEOUT, check=False
-                )
-            except subprocess.TimeoutExpired:
-                return f"{backend} {order}: no end after {TIMEOUT:.0f} s"
-            if done.returncode:
-                said = next((line for line in done.stderr.splitlines() if line.strip("= ")), "")
-                return f"{backend} {order}, {stage.build}: {said or f'exit status {done.returncode}'}"
+                self._link(self.builds[0], tree, self._switched(self.builds[0]), "-include", self._header)
+                return
+            except CompileError as error:
+                places = set(re.findall(r"/(\w+\.h):(\d+):\d+: error", str(error)))
+                found = {m for m in self.mutants if (m.file.name, str(m.line)) in places}
+                if found <= self.apart:
+                    raise
+                self.apart |= found
+
+    def _build_again(self, build: str) -> None:
+        """The same for another build."""
+        self._build_program(build)
+        self._link(build, self.folder / "switched", self._switched(build), "-include", self._header)
+
+    def _run(self, turn: Turn, library: Path, mutant: int, timeout: float | None) -> subprocess.CompletedProcess[str]:
+        command = [str(self._program(turn.build)), str(self.samples), str(library), turn.backend]
+        command += [str(sample) for sample in turn.samples]
+        env = {**os.environ, "POLYBIT_EMULATOR_ORDER": turn.order, "POLYBIT_MUTANT": str(mutant)}
+        return subprocess.run(
+            command, env=env, capture_output=True, text=True, errors="replace", timeout=timeout, check=False
+        )
+
+    def _trace(self, backend: str) -> None:
+        """Which samples can tell a mutant from the original, and how long they take."""
+        build = self.builds[0]
+        done = self._run(Turn(build, backend, SCHEDULES[backend], ()), self._switched(build), -1, None)
+        if done.returncode:
+            raise SystemExit(f"the sources as they are fail on {backend}: {done.stderr}")
+        for line in done.stdout.splitlines():
+            sample, op, seconds, *seen = line.split()
+            self.op_of[int(sample)] = op
+            self.seconds[backend, int(sample)] = float(seconds)
+            for number in seen:
+                self.telling[self.mutants[int(number) - 1]].append((backend, int(sample)))
+
+    def turns(self, mutant: Mutant) -> Iterator[Turn]:
+        """What a mutant must survive, the quickest first."""
+        if mutant in self.apart:
+            ops = ops_of(mutant.file)
+            places = [place for place in self.seconds if self.op_of[place[1]] in ops]
+        else:
+            places = self.telling[mutant]
+        samples: dict[str, list[int]] = defaultdict(list)
+        for place in sorted(places, key=self.seconds.__getitem__):
+            samples[place[0]].append(place[1])
+        for of in samples.values():
+            turn: Counter[str] = Counter()  # the quickest of each op, then the second of each
+            of.sort(key=lambda sample: turn.update([self.op_of[sample]]) or turn[self.op_of[sample]])
+        plain, *sanitized = self.builds
+        parts = [(plain, 0, QUICK), *((build, 0, SANITIZED) for build in sanitized), (plain, QUICK, None)]
+        for (build, begin, end), (backend, of) in product(parts, samples.items()):
+            if of[begin:end]:
+                yield Turn(build, backend, SCHEDULES[backend], of[begin:end])
+        if mutant.kind in ("barrier", "shuffle"):
+            for (backend, of), order in product(samples.items(), ORDERS):
+                if order != SCHEDULES[backend]:
+                    yield Turn(plain, backend, order, of)
+
+    def killed_by(self, mutant: Mutant) -> str | None:
+        """What killed a mutant; None if nothing did."""
+        with tempfile.TemporaryDirectory(dir=self.folder) as name:
+            tree, libraries = Path(name), {build: self._switched(build) for build in self.builds}
+            if mutant in self.apart:
+                libraries = {build: tree / f"{build}.so" for build in self.builds}
+                shutil.copytree(self.original, tree, dirs_exist_ok=True)
+                source = (tree / mutant.file).read_text(encoding="utf-8")
+                (tree / mutant.file).write_text(mutant.apply(source), encoding="utf-8")
+            for turn in self.turns(mutant):
+                library = libraries[turn.build]
+                if not library.exists():
+                    self._link(turn.build, tree, library)
+                factor, least = PATIENCE[turn.build]
+                timeout = least + factor * sum(self.seconds[turn.backend, sample] for sample in turn.samples)
+                where = f"{turn.backend} {turn.order}, {turn.build}"
+                try:
+                    done = self._run(turn, library, self.numbers[mutant], timeout)
+                except subprocess.TimeoutExpired:
+                    return f"{where}: no end after {timeout:.0f} s"
+                if done.returncode:
+                    said = next((line for line in done.stderr.splitlines() if line.strip("= ")), "")
+                    return f"{where}: {said or f'exit status {done.returncode}'}"
         return None
 
 
@@ -328,7 +513,7 @@ class Result:
 
 
 def run(bench: Bench, todo: Iterable[Mutant], jobs: int) -> Iterator[Result]:
-    """Try mutants, `jobs` at a time; results come in the order of `todo`."""
+    """Try mutants, `jobs` at a time; results come as they are found."""
 
     def one(mutant: Mutant) -> Result:
         try:
@@ -337,7 +522,8 @@ def run(bench: Bench, todo: Iterable[Mutant], jobs: int) -> Iterator[Result]:
             return Result(mutant, not_compiled=True)
 
     with ThreadPoolExecutor(jobs) as pool:
-        yield from pool.map(one, todo)
+        for done in as_completed([pool.submit(one, mutant) for mutant in todo]):
+            yield done.result()
 
 
 def explanations(path: Path = EXPLANATIONS) -> dict[tuple[str, str, str], str]:
@@ -383,25 +569,19 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="mutants at a time (default: one per core)")
     options = parser.parse_args()
     files = [path.resolve().relative_to(ROOT) for path in options.files or sorted((ROOT / KERNELS).glob("*.h"))]
-    results: list[Result] = []
-    for file in files:
-        start = time.monotonic()
-        ops = ops_of(file)
-        if not mutants(file, (ROOT / file).read_text(encoding="utf-8")):
-            continue
-        if not ops:
-            raise SystemExit(f"{file}: no launcher of {TABLE.parent} includes it")
-        with tempfile.TemporaryDirectory() as folder:
-            bench = Bench(Path(folder), ops)
-            todo = mutants(file, (bench.original / file).read_text(encoding="utf-8"))
-            print(f"{file}: {len(todo)} mutants, ops: {', '.join(sorted(ops))}", flush=True)
-            if cause := bench.killed_by(None):
-                raise SystemExit(f"the sources as they are fail: {cause}")
-            for result in run(bench, todo, options.jobs):
-                results.append(result)
-                fate = "does not compile" if result.not_compiled else result.killed_by or "SURVIVES"
-                where = f"{result.mutant.file.name}:{result.mutant.line} {result.mutant.kind}"
-                print(f"{time.monotonic() - start:6.0f} s  {where}  {result.mutant.after}  --  {fate}", flush=True)
+    todo = [mutant for file in files for mutant in mutants(file, (ROOT / file).read_text(encoding="utf-8"))]
+    start = time.monotonic()
+    results = []
+    with tempfile.TemporaryDirectory() as folder:
+        bench = Bench(Path(folder), set().union(*map(ops_of, files)), todo)
+        told = f"{len(todo)} mutants, {len(bench.apart)} of them built apart, {len(bench.op_of)} samples"
+        print(f"{time.monotonic() - start:6.0f} s  {told}", flush=True)
+        for result in run(bench, todo, options.jobs):
+            results.append(result)
+            fate = "does not compile" if result.not_compiled else result.killed_by or "SURVIVES"
+            where = f"{result.mutant.file.name}:{result.mutant.line} {result.mutant.kind}"
+            print(f"{time.monotonic() - start:6.0f} s  {where}  {result.mutant.after}  --  {fate}", flush=True)
+    results.sort(key=lambda result: bench.numbers[result.mutant])
     return report(results, explanations())
 
 

@@ -165,7 +165,7 @@ class Machine {
     round_.clear();
     next_in_round_ = 0;
     random_ = (u64(launch_.order.seed) << 32) + u64(group_) + 1;
-    std::memset(local_.get(), 0xA5, local_used_);
+    std::memset(local_.get(), 0xFF, local_used_);  // NaN as floats, -1 as integers
     local_used_ = 0;
 
     current_ = next();

@@ -28,15 +28,8 @@ PB_FN void load_code256(Wave w, PB_LOCAL Code256 *local, PB_GLOBAL const float *
   }
 }
 
-// How many midpoints are below s; a NaN is above none.
-PB_FN u32 code256_of(PB_LOCAL const Code256 *local, float s) {
-  u32 node = 1;
-  PB_UNROLL
-  for (u32 level = 0; level < 8; level++) node = 2u * node + u32(s > local->tree[node]);
-  return node - 256u;
-}
-
-// The codes of x * inverse, one a byte. Level by level, because each step waits for the one before.
+// The codes of x * inverse, one a byte: how many midpoints are below each; a NaN is above none. Level by level, because
+// each step waits for the one before.
 PB_FN U2 code256_of8(PB_LOCAL const Code256 *local, F8 x, float inverse) {
   u32 node[8];
   PB_UNROLL

@@ -114,31 +114,26 @@ struct LinearArgs {
 
 template <class IntTile, class FloatTile, class T>
 struct GemmLinearInt8 {
-  enum : u32 {
-    group_max = IntTile::threads,
-    group_rows = IntTile::group_rows,
-    group_columns = IntTile::group_columns,
-    int_words = sizeof(Slabs<IntTile>) / 4,
-    float_words = sizeof(Slabs<FloatTile>) / 4
-  };
+  enum : u32 { group_max = IntTile::threads, group_rows = IntTile::group_rows, group_columns = IntTile::group_columns };
   typedef LinearArgs<T> Args;
-  struct Local {  // the slabs of both products, one after the other
-    alignas(16) u32 words[int_words > float_words ? int_words : float_words];
+  struct Local {
+    union {  // one product after the other
+      Slabs<IntTile> ints;
+      Slabs<FloatTile> floats;
+    };
     NoLocal none;
   };
 
   PB_FN void run(Wave w, PB_LOCAL Local *local, Args a) {
     const i64 column = column_tile(w, a.row_tiles) * IntTile::group_columns;
     const i64 row = row_tile(w, a.row_tiles) * IntTile::group_rows;
-    PB_LOCAL Slabs<IntTile> *ints = (PB_LOCAL Slabs<IntTile> *)local->words;
-    PB_LOCAL Slabs<FloatTile> *floats = (PB_LOCAL Slabs<FloatTile> *)local->words;
     const TileSums<IntTile> c =
-        accumulate<IntTile, Bytes, Bytes, false>(w, ints, &local->none, a.a, a.b, row, column, a.k);
+        accumulate<IntTile, Bytes, Bytes, false>(w, &local->ints, &local->none, a.a, a.b, row, column, a.k);
     OutlierColumns<T> outlier_x = a.outlier_x;  // changed in place, the arguments would lose their address spaces
     OutlierWeight outlier_weight = a.outlier_weight;
     if (a.outlier_count) outlier_x.count = outlier_weight.count = *a.outlier_count;
     const TileSums<FloatTile> outliers = accumulate<FloatTile, OutlierColumns<T>, OutlierWeight, false>(
-        w, floats, &local->none, outlier_x, outlier_weight, row, column, outlier_x.count);
+        w, &local->floats, &local->none, outlier_x, outlier_weight, row, column, outlier_x.count);
     PB_UNROLL
     for (u32 t = 0; t < IntTile::repeat_m * IntTile::repeat_n; t++) {
       PB_UNROLL

@@ -57,7 +57,7 @@ struct Wide {
 };
 template <class A, class B>
 struct Narrow {
-  enum : u32 { units = 1, chunk = B::unit * (B::wide > 0 ? u32(B::wide) : 1u) };
+  enum : u32 { units = 1, chunk = B::unit * (u32(B::wide) ? u32(B::wide) : 1u) };
   typedef typename B::Raw Raw;
   PB_FN i64 next(Wave w, i64 at) {
     at += B::unit;

@@ -35,11 +35,10 @@ template <u32 POINTERS>
 PB_FN u32 chunk_dtype(Chunk<POINTERS> c, u32 k) {
   return (c.dtypes >> (4u * k)) & 15u;
 }
-// Whether the first `count` pointers are aligned to 16 bytes.
+// To 16 bytes.
 template <u32 POINTERS>
-PB_FN bool chunk_aligned(Chunk<POINTERS> c, u32 count) {
-  const u32 all = (1u << count) - 1u;
-  return (c.aligned & all) == all;
+PB_FN bool pointer_aligned(Chunk<POINTERS> c, u32 k) {
+  return ((c.aligned >> k) & 1u) != 0;
 }
 
 // The last tensor whose first group is not behind this one: a tensor without groups is never found.

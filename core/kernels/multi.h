@@ -19,7 +19,7 @@ struct SumChunks {
 
   PB_FN void run(Wave w, PB_LOCAL Local *local, Args a) {
     const Chunk<2> c = chunk_of(&a.list, w.group());
-    F8 x = load_part_as(c.p[0], chunk_dtype(c, 0), c.index * chunk + 8 * w.tid(), c.n, chunk_aligned(c, 1));
+    F8 x = load_part_as(c.p[0], chunk_dtype(c, 0), c.index * chunk + 8 * w.tid(), c.n, pointer_aligned(c, 0));
     if (a.squares) {
       PB_UNROLL
       for (u32 k = 0; k < 8; k++) x.v[k] = x.v[k] * x.v[k];
@@ -43,10 +43,10 @@ struct ScaleMulti {
     PB_UNROLL
     for (u32 part = 0; part < 2; part++) {
       const i64 first = c.index * chunk + 8 * (part * group_max + w.tid());
-      F8 x = load_part_as(c.p[0], chunk_dtype(c, 0), first, c.n, chunk_aligned(c, 1));
+      F8 x = load_part_as(c.p[0], chunk_dtype(c, 0), first, c.n, pointer_aligned(c, 0));
       PB_UNROLL
       for (u32 k = 0; k < 8; k++) x.v[k] = x.v[k] * factor;
-      store_part_as(c.p[0], chunk_dtype(c, 0), first, c.n, chunk_aligned(c, 1), x);
+      store_part_as(c.p[0], chunk_dtype(c, 0), first, c.n, pointer_aligned(c, 0), x);
     }
   }
 };

@@ -34,8 +34,7 @@ struct States {
 };
 PB_FN Moments<float> moments_of(States s, u32 k) { return Moments<float>{s.of[0].v[k], s.of[1].v[k], s.of[2].v[k]}; }
 
-PB_CONSTEXPR bool has_state(u32 rule, u32 k) { return k < optim_states(rule); }
-PB_FN bool pointer_aligned(OptimChunk c, u32 k) { return ((c.aligned >> k) & 1u) != 0; }
+PB_FN bool has_state(u32 rule, u32 k) { return k < optim_states(rule); }
 
 // States in fp32.
 struct States32 {

@@ -36,7 +36,7 @@ Ids ids();
 void barrier(Place place);
 u32 shuffle_xor(u32 value, u32 mask, uint64_t members, Place place);
 u32 shuffle(u32 value, u32 source_lane, uint64_t members, Place place);
-void *local_memory(size_t bytes, Place place);  // the one array of the group; starts as 0xA5 in every byte
+void *local_memory(size_t bytes, Place place);  // the one array of the group; starts as 0xFF in every byte
 void misaligned(const char *what, size_t bytes, Place place);  // an error
 static inline void check_aligned(const void *p, size_t bytes, Place place, const char *what = "an access") {
   if (reinterpret_cast<uintptr_t>(p) % bytes) misaligned(what, bytes, place);

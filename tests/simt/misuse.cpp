@@ -61,7 +61,7 @@ struct Local {
 void correct_group_memory() {
   const Wave w;
   PB_SHARED(Local, local);
-  expect(local->of[w.tid()] == 0xA5A5A5A5u);
+  expect(local->of[w.tid()] == 0xFFFFFFFFu);
   local->of[w.tid()] = w.tid();
   w.barrier();
   expect(local->of[w.tid() ^ 77] == (w.tid() ^ 77));

@@ -175,6 +175,7 @@ def quantize_samples(device: torch.device | str) -> Iterator[Sample]:
     x = noise((2, 3, 50), 1).to(device)
     yield Sample("3-d", (x, 0.0))
     yield Sample("1-d", (x[0, 0].clone(), 2.0))
+    yield Sample("low-threshold", (x / 4, 0.5))
     ties = (torch.arange(-127, 128).float() / 2).repeat(2, 1)
     ties[0, 0], ties[1, 0] = 127.0, -127.0
     yield Sample("ties", (ties.to(device), 0.0))
@@ -208,7 +209,7 @@ def integers(shape: tuple[int, ...], seed: int, low: int = -128) -> Tensor:
 
 
 PRODUCTS = (
-    (1, 1, 1), (1, 64, 64), (3, 17, 100), (17, 33, 256), (1, 5, 1003), (4, 127, 192), (33, 64, 384), (0, 8, 64),
+    (1, 1, 1), (1, 64, 64), (3, 17, 100), (17, 33, 256), (1, 5, 1007), (4, 127, 192), (33, 64, 384), (0, 8, 64),
     (3, 0, 64), (3, 8, 0), (5, 2, 4099),
 )  # fmt: skip
 

@@ -260,6 +260,15 @@ def moved(tensors: tuple[Tensor | None, ...], device: torch.device | str) -> tup
     return tuple(None if t is None else t.to(device) for t in tensors)
 
 
+def scaled_to(end: float, rest: float, code: Tensor, thresholds: Tensor, order: Tensor) -> Tensor:
+    """fp32 [13, 16]: blocks with one largest value, whose searched scales are `end` and its neighbours."""
+    block = torch.full((1, 16), rest)
+    block[0, 0] = 1.0
+    ratio = quantize_codes(block, code, thresholds, order, 16, 1)[1]
+    places = (end / ratio.double()).float().view(torch.int32) + torch.arange(-6, 7, dtype=torch.int32)
+    return block * places.view(torch.float32)[:, None]
+
+
 def quantize_samples(device: torch.device | str) -> Iterator[Sample]:
     """All inputs in NF4, and with every codebook a short last block, ties, special values, with and without search."""
     books = codebooks.kbit()
@@ -297,6 +306,8 @@ def quantize_samples(device: torch.device | str) -> Iterator[Sample]:
         crowd = noise((4, 16), 10).tanh() * largest
         crowd[:, 0] = largest
         extremes = torch.cat([torch.nn.functional.pad(torch.tensor(alone)[:, None], (2, 13)), crowd])
+        extremes = torch.cat([extremes, scaled_to(largest, 0.45, code, thresholds, order)])
+        extremes = torch.cat([extremes, scaled_to(smallest, 0.3, code, thresholds, order)])
         yield Sample(f"{name}-extremes-search", (extremes.to(device), *book, 16, bits, 1))
         # Behind an odd end whose block has a NaN stand codes of 0.
         tail = noise(37, 11)
