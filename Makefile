@@ -40,7 +40,8 @@ $(VENV)/lint-tools: requirements-lint.txt constraints.txt $(VENV)/created
 # Seven architectures take nvcc minutes: only where there is a GPU.
 CUDA := $(if $(wildcard /dev/nvidia0 /dev/dxg),AUTO,OFF)
 
-$(VENV)/package: $(SOURCES) constraints.txt $(VENV)/created
+# With SYCL on the CPU where its compiler has been fetched, as for the tests.
+$(VENV)/package: $(SOURCES) constraints.txt $(VENV)/created $(wildcard build/sycl/made)
 	$(PIP) install -c constraints.txt -C cmake.define.POLYBIT_CUDA=$(CUDA) .
 	touch $@
 
@@ -84,11 +85,11 @@ build/documentation:
 	  for package in *.deb; do dpkg-deb --extract $$package .; done && rm *.deb
 	mv $@.part $@
 
-test: $(VENV)/package $(VENV)/tools $(VENV)/nvcc build/rocm/made build/sycl/made
+test: build/sycl/made $(VENV)/package $(VENV)/tools $(VENV)/nvcc build/rocm/made
 	$(PYTEST) -m "alone and not slow"
 	$(PYTEST) $(PARALLEL) -m "not alone and not slow"
 
-test-all: $(VENV)/package $(VENV)/tools $(VENV)/nvcc build/rocm/made build/sycl/made
+test-all: build/sycl/made $(VENV)/package $(VENV)/tools $(VENV)/nvcc build/rocm/made
 	$(PYTEST) -m alone
 	$(PYTEST) $(PARALLEL) -m "not alone"
 

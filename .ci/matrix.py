@@ -205,7 +205,8 @@ def prepare(row: Row, log: Path) -> Path:
                 run([*pip, "--no-deps", "-r", str(requirements["no-deps"])], log)
             except Failed as problem:  # no wheel for this Python, or no network
                 raise Skipped(f"cannot install: {problem}") from None
-    with once(home / "package", [path.read_bytes() for path in sources()]) as changed:
+    sycl = bytes((ROOT / "build" / "sycl" / "made").exists())  # CMake then builds its backend, too
+    with once(home / "package", [sycl, *(path.read_bytes() for path in sources())]) as changed:
         if changed:
             run([*pip, "--no-deps", "--force-reinstall", str(ROOT)], log)
     return folder

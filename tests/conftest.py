@@ -10,14 +10,16 @@ from pathlib import Path
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import pytest
+from _pytest.mark.structures import ParameterSet
 from conformance.samples import write
+from tools import backend_param
 
 from polybit.backends import list_backends
 
 
-def usable_backends() -> list[str]:
-    """Every backend that can run CPU tensors here, best first; the emulator included."""
-    return [info.name for info in list_backends() if info.usable and info.device_type == "cpu"]
+def usable_backends() -> list[ParameterSet]:
+    """Every backend that can run CPU tensors here, best first; the emulator included, SYCL slow."""
+    return [backend_param(info.name) for info in list_backends() if info.usable and info.device_type == "cpu"]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -1,14 +1,14 @@
-"""Compile SYCL for Intel's devices and run it on a CPU, with the DPC++ compiler in Intel's runtime libraries."""
+"""Compile SYCL for Intel's devices with the DPC++ compiler in Intel's runtime libraries."""
 
 from __future__ import annotations
 
 import os
 import subprocess
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from tools import missing, require_tool
+
+from polybit.backends import list_backends
 
 ROOT = Path(__file__).parent.parent
 SOURCES = ROOT / "tests" / "simt"
@@ -22,6 +22,13 @@ def require_sycl() -> Path:
     if not (FOLDER / "lib/libsycl.so").exists():
         missing(f"no SYCL runtime in {FOLDER}: make build/sycl/made, on x86-64 Linux with the network")
     return FOLDER
+
+
+def require_backend() -> None:
+    """The backend sycl:cpu, which CMake builds where it finds that folder."""
+    require_sycl()
+    if not any(info.name == "sycl:cpu" and info.usable for info in list_backends()):
+        missing("this polybit was built without sycl:cpu: install it again now that build/sycl is there")
 
 
 def build_sycl_compile(folder: Path) -> Path:
@@ -54,26 +61,3 @@ def execute(*command: str | Path) -> subprocess.CompletedProcess[str]:
 def compile_sycl(program: Path, source: Path, sub_group: int, *options: str) -> subprocess.CompletedProcess[str]:
     """Compile every entry point of a source file to SPIR-V."""
     return execute(program, source, *OPTIONS, f"-DPB_SUB_GROUP={sub_group}", *options)
-
-
-@dataclass(frozen=True)
-class Launch:
-    """A launch of a kernel; its arguments in the order of Args, a file for a pointer: its bytes go in and come back."""
-
-    groups: int
-    threads: int
-    arguments: Sequence[int | Path]
-
-
-def run_kernel(program: Path, folder: Path, kernel: str, sub_group: int, launches: Sequence[Launch]) -> None:
-    """Compile one kernel type, named as in C++, and launch it on the CPU."""
-    source = folder / "one.cpp"
-    includes = "".join(f'#include "{name}"\n' for name in ("core/simt/sycl.h", "core/kernels/kernels.h"))
-    source.write_text(f"{includes}PB_SYCL_ENTRY(one, {kernel})\n")
-    files = [folder / f"{i}.launch" for i in range(len(launches))]
-    for file, launch in zip(files, launches):
-        lines = [f"one {launch.groups} {launch.threads}"]
-        lines += [f"buffer {a}" if isinstance(a, Path) else f"integer {a}" for a in launch.arguments]
-        file.write_text("".join(f"{line}\n" for line in lines))
-    done = execute(program, source, *files, *OPTIONS, f"-DPB_SUB_GROUP={sub_group}")
-    assert (done.returncode, done.stdout) == (0, "")

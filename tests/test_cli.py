@@ -379,7 +379,8 @@ def no_self_test(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ("POLYBIT_BACKEND", "abacus", "broken", "abacus is unknown"),
         ("POLYBIT_FALLBACK", "maybe", "broken", "POLYBIT_FALLBACK=maybe is unknown"),
-        ("POLYBIT_BACKEND", "cpu,emulator:32", "note", "a test vehicle"),
+        ("POLYBIT_BACKEND", "cpu,emulator:32", "note", "emulator:32, a test vehicle"),
+        ("POLYBIT_BACKEND", "sycl:cpu:8", "note", "sycl:cpu:8, a test vehicle"),
         ("POLYBIT_BACKEND", " ,", "note", "names nothing"),
         ("POLYBIT_BACKEND", "cpu:scalar", "note", "forces cpu:scalar"),
     ],

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from _pytest.mark.structures import ParameterSet
+from tools import backend_param
 
 import polybit
 from polybit import autograd, spec
@@ -20,13 +22,13 @@ WHOLE = ("cpu:scalar", "cpu:avx2", "cpu:avx512", "cpu:neon")
 OPTIONAL = ("pack_size_kbit", "pack_kbit", "unpack_kbit")
 
 
-def turns() -> Iterator[tuple[str, str]]:
+def turns() -> Iterator[ParameterSet]:
     """Every op of every backend; what a matrix instruction's emulator inherits has its turn with the width."""
     for backend in BACKENDS:
         with polybit.backend(backend):
             for op in spec.OPS:
                 if not (backend.startswith("emulator:") and resolve(op).kind == "inherited"):
-                    yield backend, op
+                    yield backend_param(backend, op)
 
 
 @pytest.mark.parametrize(("backend", "op"), list(turns()))
@@ -82,7 +84,7 @@ def test_opcheck(op: str) -> None:
         assert set(results.values()) == {"SUCCESS"}
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", [backend_param(name) for name in BACKENDS])
 def test_threads(backend: str) -> None:
     """Several Python threads at once, each with its own backend forced, get the answers of one."""
     ops = ("quantize_kbit", "matmul_kbit", "linear_int8", "gather_kbit")
@@ -115,7 +117,7 @@ def test_threads(backend: str) -> None:
 
 
 @pytest.mark.parametrize("op", ["gather_kbit", "gather_int8"])
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", [backend_param(name) for name in BACKENDS])
 @pytest.mark.parametrize("bad", [-1, 1 << 40, 10])
 def test_index_out_of_range(op: str, backend: str, bad: int) -> None:
     sample = next(iter(spec.OPS[op].samples("cpu")))

@@ -1,4 +1,7 @@
-"""The kernels as SYCL, at several sub-group sizes: all compiled by DPC++, one run on the CPU as an OpenCL device."""
+"""The kernels as SYCL at several sub-group sizes: compiled by DPC++, and run on the CPU as an OpenCL device.
+
+The backend sycl:cpu runs every sample in tests/test_conformance.py and every golden file in tests/test_golden.py.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +9,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from intel import SOURCES, Launch, build_sycl_compile, compile_sycl, run_kernel
+from intel import SOURCES, build_sycl_compile, compile_sycl, require_backend
+from tools import run_python
 
-from polybit.spec import OPS
+import polybit
+from polybit import spec
+from polybit.backends import BackendError, last_backend, resolve
+from polybit.spec.blockwise import noise
+from polybit.testing import check
 
-GUARD = b"\xa5" * 64  # behind each output, where nobody may write
-DTYPES = {"float": torch.float32, "pb::Fp16": torch.float16, "pb::Bf16": torch.bfloat16}
+BACKENDS = ("sycl:cpu", "sycl:cpu:8", "sycl:cpu:32")
+# An op of each header of core/kernels; every kernel takes more than a second to compile.
+SHARE = ("gather_int8", "quantize_absmax", "dequantize_kbit", "matmul_kbit", "linear_int8", "optimizer_8bit")
 
 
 @pytest.fixture(scope="module")
@@ -20,8 +29,8 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 # What differs by the size of a sub-group is one constant.
-@pytest.mark.parametrize("sub_group", [16, *(pytest.param(size, marks=pytest.mark.slow) for size in (32, 64))])
-def test_every_kernel_compiles(program: Path, sub_group: int) -> None:
+@pytest.mark.parametrize("sub_group", [16, *(pytest.param(size, marks=pytest.mark.slow) for size in (8, 32, 64))])
+def test_every_kernel_compiles_without_a_warning(program: Path, sub_group: int) -> None:
     done = compile_sycl(program, SOURCES / "kernels.sycl.cpp", sub_group)
     assert (done.returncode, done.stdout) == (0, "")
 
@@ -32,52 +41,68 @@ def test_an_error_is_reported_with_its_place(program: Path, tmp_path: Path) -> N
     source.write_text(text)
     done = compile_sycl(program, source, 16)
     assert done.returncode == 1
-    narrow = compile_sycl(program, source, 8)
-    assert narrow.returncode == 1 and "the kernels are for waves of 16, 32, 64" in narrow.stdout
     assert ":2:" in done.stdout and "error: no viable conversion from returned value of type 'U4'" in done.stdout
+    narrow = compile_sycl(program, source, 4)
+    assert narrow.returncode == 1 and "the kernels are for waves of 8, 16, 32, 64" in narrow.stdout
 
 
-def data(tensor: torch.Tensor) -> bytes:
-    return tensor.contiguous().view(torch.uint8).numpy().tobytes()
+@pytest.mark.parametrize("op", SHARE)
+def test_the_first_samples(op: str) -> None:
+    """Of one dtype."""
+    require_backend()
+    result = check(op, "sycl:cpu", limit=3)
+    assert (result.kind, result.owner, result.unsupported) == ("native", "sycl:cpu", 0)
+    result.raise_failures()
 
 
-def tensor_file(path: Path, tensor: torch.Tensor, behind: bytes = b"") -> Path:
-    path.write_bytes(data(tensor) + behind)
-    return path
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_block_of_many_sub_groups(backend: str) -> None:
+    """As many as a group has, at every size: 64 of 8 lanes meet in two steps."""
+    require_backend()
+    x = noise(3 * 4096 + 5, 1)
+    code = torch.linspace(-1, 1, 256)
+    with polybit.backend(backend, fallback="error"):
+        for block in (16, 64, 256, 1024, 4096):
+            got = torch.ops.polybit.quantize_blockwise(x, code, block)
+            assert last_backend() == backend
+            want = spec.OPS["quantize_blockwise"].reference(x, code, block)
+            assert all(torch.equal(g, w) for g, w in zip(got, want, strict=True)), block
+        (square,) = torch.ops.polybit.sum_squares_multi([x])
+    with polybit.backend("cpu:scalar"):
+        assert torch.equal(square, torch.ops.polybit.sum_squares_multi([x])[0])  # the same tree of sums
 
 
-def values(count: int, block: int, dtype: torch.dtype) -> torch.Tensor:
-    x = torch.randn(count, generator=torch.Generator().manual_seed(block)) * torch.logspace(-3, 3, count)
-    x[:block] = 0  # a zero block
-    x[block + 3] = float("nan")
-    x[2 * block + 1] = 1e-39  # subnormal
-    return x.to(dtype)
+def test_it_is_chosen_by_its_full_name_only() -> None:
+    require_backend()
+    assert resolve("quantize_kbit").owner.startswith("cpu:")
+    with polybit.backend("sycl:cpu:32,cpu", fallback="error"):
+        assert resolve("quantize_kbit").owner == "sycl:cpu:32"
+    with pytest.raises(BackendError, match="'sycl'"):  # a GPU's name is not the CPU's
+        polybit.backend("sycl").__enter__()
 
 
-@pytest.mark.parametrize("sub_group", [16, 32, pytest.param(64, marks=pytest.mark.slow)])
-@pytest.mark.parametrize(
-    "kind", ["pb::Fp16", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("float", "pb::Bf16"))]
-)
-def test_quantize_kbit_equals_the_specification(program: Path, tmp_path: Path, kind: str, sub_group: int) -> None:
-    generator = torch.Generator().manual_seed(sub_group)
-    order = torch.randperm(16, generator=generator).to(torch.uint8)
-    code = torch.empty(16)
-    code[order.long()] = torch.linspace(-1.0, 1.0, 16).pow(3)
-    ranked = code[order.long()]
-    thresholds = (ranked[1:] + ranked[:-1]) * 0.5
-    launches, checks = [], []
-    for block in (16, 64, 1024, 4096):  # within a sub-group, and of several, up to a whole group
-        folder = tmp_path / str(block)
-        folder.mkdir()
-        n = 4 * block + 5
-        x = values(n, block, DTYPES[kind])
-        want = OPS["quantize_kbit"].reference(x, code, thresholds, order, block, 4, 0)
-        inputs = {"x": x, "code": code, "thresholds": thresholds, "order": order}
-        files = [tensor_file(folder / name, tensor) for name, tensor in inputs.items()]
-        outputs = [tensor_file(folder / name, torch.zeros_like(t), GUARD) for name, t in zip(("q", "absmax"), want)]
-        threads = max(block // 8, 128)
-        launches.append(Launch(-(-n // (threads * 8)), threads, [*files, *outputs, n, block.bit_length() - 1, 1]))
-        checks += zip(outputs, want)
-    run_kernel(program, tmp_path, f"pb::QuantizeKbit<{kind}, 4, false>", sub_group, launches)
-    for path, tensor in checks:
-        assert path.read_bytes() == data(tensor) + GUARD, path
+def test_a_compiler_that_fails_is_an_error_of_the_op() -> None:
+    require_backend()
+    code = """
+import torch, polybit
+with polybit.backend("sycl:cpu", fallback="error"):
+    try:
+        torch.ops.polybit.quantize_blockwise(torch.ones(64), torch.linspace(-1, 1, 256), 64)
+    except RuntimeError as error:
+        print(type(error).__name__, error)
+"""
+    said = run_python(code, SYCL_PROGRAM_COMPILE_OPTIONS="-no-such-option").stdout
+    assert "quantize_blockwise_fp32: " in said and "no-such-option" in said, said
+
+
+def test_without_an_opencl_device_the_probe_says_so() -> None:
+    require_backend()
+    code = """
+from polybit.backends import list_backends
+for info in list_backends():
+    if info.name.startswith("sycl:"):
+        print(info.name, info.usable, info.reason)
+"""
+    said = run_python(code, OCL_ICD_FILENAMES="/nowhere.so", OCL_ICD_VENDORS="/nowhere").stdout.splitlines()
+    assert len(said) == len(BACKENDS)
+    assert all("False no CPU as a SYCL device: No device of requested type" in line for line in said), said

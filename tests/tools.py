@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import pytest
+from _pytest.mark.structures import ParameterSet
 
 import polybit
 from polybit.backends import list_backends
@@ -41,6 +42,11 @@ def require_tool(*names: str) -> str:
 def cpu_variants() -> list[str]:
     """The CPU variants usable on this machine, best first."""
     return [info.name for info in list_backends() if info.usable and info.name.startswith("cpu:")]
+
+
+def backend_param(name: str, *values: object) -> ParameterSet:
+    """A parameter of a test; slow where each kernel takes a second or more to compile first."""
+    return pytest.param(name, *values, marks=[pytest.mark.slow] if name.startswith("sycl:") else [])
 
 
 def run_python(code: str, *, check: bool = True, **env: str) -> subprocess.CompletedProcess[str]:

@@ -10,10 +10,11 @@ namespace pb {
 
 enum Dtype : u32 { dtype_none, dtype_fp32, dtype_fp16, dtype_bf16, dtype_u8 };
 
-// POINTERS per tensor: up to 8, each of its own dtype. Other arguments beside the list have 512 bytes.
+// POINTERS per tensor: up to 8, each of its own dtype. Other arguments beside the list have 512 bytes, and its two
+// numbers 64.
 template <u32 POINTERS>
 struct List {
-  enum : u32 { pointers = POINTERS, capacity = 3520 / (8 * (POINTERS + 3)) };
+  enum : u32 { pointers = POINTERS, capacity = (PB_ARGUMENT_BYTES - 576) / (8 * (POINTERS + 3)) };
   i64 count;  // tensors here
   i64 base;   // the place of the first of them in the list of the caller
   i64 first_group[capacity];

@@ -1,29 +1,44 @@
 // The adaptor for SYCL (DPC++). A wave is a sub-group, whose size the entry point requires: compile with
-// -DPB_SUB_GROUP=16, 32 or 64. Also plain C++ for the host, which gets the types of the kernels from it.
+// -DPB_SUB_GROUP=8, 16, 32 or 64. Also plain C++ for the host, which gets the types of the kernels from it.
 #ifndef PB_SIMT_SYCL_H
 #define PB_SIMT_SYCL_H
 
 #include <stdint.h>
 
+#ifdef __SYCL_DEVICE_ONLY__  // all that kernels need; the whole of SYCL takes twice as long to compile
+#include <sycl/accessor.hpp>
+#include <sycl/bit_cast.hpp>
+#include <sycl/builtins.hpp>
+#include <sycl/ext/oneapi/free_function_queries.hpp>
+#include <sycl/ext/oneapi/kernel_properties/properties.hpp>
+#include <sycl/group_algorithm.hpp>
+#include <sycl/group_barrier.hpp>
+#include <sycl/nd_item.hpp>
+#else
 #include <sycl/sycl.hpp>
+#endif
 #ifdef __clang__
 #pragma clang fp contract(off)
+#define PB_UNROLL _Pragma("unroll")
+#else
+#define PB_UNROLL
 #endif
 
 #ifndef PB_SUB_GROUP
 #define PB_SUB_GROUP 16
 #endif
 
-static_assert(PB_SUB_GROUP == 16 || PB_SUB_GROUP == 32 || PB_SUB_GROUP == 64,
-              "the kernels are for waves of 16, 32, 64");
+static_assert(PB_SUB_GROUP == 8 || PB_SUB_GROUP == 16 || PB_SUB_GROUP == 32 || PB_SUB_GROUP == 64,
+              "the kernels are for waves of 8, 16, 32, 64");
 
 #define PB_ADAPTOR
 #define PB_FN static inline
 #define PB_GLOBAL
 #define PB_LOCAL
 #define PB_PRIVATE
-#define PB_UNROLL _Pragma("unroll")
 #define PB_NO_UNROLL
+#define PB_NARROWEST 8
+#define PB_ARGUMENT_BYTES 2048  // what Intel's GPUs take
 
 namespace pb {
 typedef uint8_t u8;

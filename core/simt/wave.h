@@ -11,6 +11,8 @@
 //                                      for words of PB_LOCAL, too
 //   U2 load8(PB_GLOBAL const u8 *)     store8(PB_GLOBAL u8 *, U2)     one access, 8-byte aligned
 //   u32 load4(PB_GLOBAL const u8 *)    store4(PB_GLOBAL u8 *, u32)    one access, 4-byte aligned
+//   PB_NARROWEST         optional: the lanes of the narrowest wave, 16 by default or 8
+//   PB_ARGUMENT_BYTES    optional: what the arguments of a launch may take, 4096 by default
 //   set_flag(PB_GLOBAL u8 *)           stores 1, whoever else may do so at the same time
 //   float widen_half(u16)              optional, with PB_WIDEN_HALF: fp16 to fp32 where the bits of a NaN do not matter
 //   i32 dot4(u32 a, u32 b, i32 c)      c + the sum of four products of signed bytes
@@ -35,6 +37,13 @@
 #error "include an adaptor of core/simt first"
 #endif
 #include "../math/float16.h"
+
+#ifndef PB_NARROWEST
+#define PB_NARROWEST 16
+#endif
+#ifndef PB_ARGUMENT_BYTES
+#define PB_ARGUMENT_BYTES 4096
+#endif
 
 namespace pb {
 

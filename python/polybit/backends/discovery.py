@@ -21,8 +21,7 @@ LIBRARY_FOLDER = Path(__file__).parent.parent / "lib"
 def automatic_families(device_type: str) -> tuple[str, ...]:
     """The families that take tensors of a torch device type without being named.
 
-    Their libraries are loaded when the first such tensor comes, so nothing is asked of a driver before. The emulator is
-    a test vehicle: only POLYBIT_BACKEND or polybit.backend() bring it in.
+    Their libraries are loaded when the first such tensor comes, so nothing is asked of a driver before.
     """
     if device_type == "cuda":  # torch gives AMD's GPUs this name, too
         return ("hip",) if torch.version.hip else ("cuda",)
@@ -32,6 +31,17 @@ def automatic_families(device_type: str) -> tuple[str, ...]:
 def family(name: str) -> str:
     """``cpu:avx2`` -> ``cpu``."""
     return name.partition(":")[0]
+
+
+def is_test_vehicle(name: str) -> bool:
+    """Whether it runs a GPU's kernels on CPU tensors: only this name, in full, brings such a backend in."""
+    return family(name) == "emulator" or name == "sycl:cpu" or name.startswith("sycl:cpu:")
+
+
+def answers(name: str, wanted: str) -> bool:
+    """Whether the backend ``name`` is ``wanted`` or a variant of it, as ``cpu:avx2`` is of ``cpu``."""
+    variant = name.startswith(wanted + ":") and (is_test_vehicle(wanted) or not is_test_vehicle(name))
+    return name == wanted or variant
 
 
 class Catalogue:

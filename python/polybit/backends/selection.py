@@ -17,7 +17,7 @@ from typing import ParamSpec, TypeVar
 
 from polybit import _C
 from polybit.backends.base import Backend, BackendError, BackendInfo, Kernel, Resolution
-from polybit.backends.discovery import automatic_families, catalogue, family
+from polybit.backends.discovery import answers, automatic_families, catalogue, family, is_test_vehicle
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -69,7 +69,7 @@ class Selection:
             warnings.warn(f"polybit.{op} runs as its slow torch reference: {reason}", RuntimeWarning, stacklevel=4)
 
     def _check(self, name: str) -> None:
-        matches = [backend for backend in catalogue.backends if name in (backend.name, family(backend.name))]
+        matches = [backend for backend in catalogue.backends if answers(backend.name, name)]
         if not any(not backend.reason for backend in matches):
             what = "is not usable here" if matches else "is unknown"
             raise BackendError(
@@ -83,10 +83,10 @@ class Selection:
             backend for backend in catalogue.backends if backend.device_type == device_type and not backend.reason
         ]
         if self.allow is None:
-            yield from (backend for backend in usable if family(backend.name) != "emulator")
+            yield from (backend for backend in usable if not is_test_vehicle(backend.name))
             return
         for name in self.allow:
-            yield from (backend for backend in usable if name in (backend.name, family(backend.name)))
+            yield from (backend for backend in usable if answers(backend.name, name))
 
     def _find(self, op: str, device_type: str) -> Route:
         chosen = next(self._candidates(device_type), None)

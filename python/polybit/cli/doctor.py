@@ -14,7 +14,7 @@ import typer
 
 from polybit import _C, backends, spec
 from polybit.backends import selection
-from polybit.backends.discovery import LIBRARY_FOLDER, family
+from polybit.backends.discovery import LIBRARY_FOLDER, family, is_test_vehicle
 from polybit.cli.common import WRONG, Json, print_json
 
 OLDEST_TORCH = (2, 6)
@@ -79,8 +79,8 @@ def _environment() -> Iterator[Finding]:
             )
     if named and not names:
         yield Finding("note", "POLYBIT_BACKEND is set and names nothing: it is ignored", "unset it")
-    if any(family(name) == "emulator" for name in names):
-        yield Finding("note", "POLYBIT_BACKEND names the emulator, a test vehicle that is very slow", "unset it")
+    for name in filter(is_test_vehicle, names):
+        yield Finding("note", f"POLYBIT_BACKEND names {name}, a test vehicle that is very slow", "unset it")
     best = next((info.name for info in infos if info.usable and family(info.name) == "cpu"), None)
     first = next((name for name in names if family(name) == "cpu"), None)
     if first not in (None, "cpu", best) and any(info.name == first and info.usable for info in infos):
@@ -127,11 +127,11 @@ CHECKS: tuple[Callable[[], Iterator[Finding]], ...] = (_torch_version, _librarie
 
 
 def self_test(samples: int | None) -> Iterator[tuple[str, int, list[str]]]:
-    """(backend, samples, failures) for every usable backend; `samples`: at most so many per op."""
+    """(backend, samples, failures) for every usable backend but test vehicles; `samples`: at most so many per op."""
     from polybit.testing import check
 
     for info in backends.list_backends():
-        if info.usable:
+        if info.usable and not is_test_vehicle(info.name):
             results = [check(op, info.name, info.device_type, limit=samples) for op in spec.OPS]
             failures = [failure for result in results for failure in result.failures]
             yield info.name, sum(result.samples for result in results), failures

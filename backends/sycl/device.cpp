@@ -1,0 +1,105 @@
+#include "device.h"
+
+#include <dlfcn.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <map>
+#include <mutex>
+#include <stdexcept>
+#include <tuple>
+#include <utility>
+
+namespace pb {
+namespace sycl_device {
+namespace {
+
+namespace ex = sycl::ext::oneapi::experimental;
+
+constexpr std::pair<const char *, const char *> headers[] = {
+#include "kernels.inc"
+};
+
+// Neither contracted nor divided in a hurry, as core/simt/sycl.h asks for.
+const char *const options[] = {"-ffp-contract=off", "-foffload-fp32-prec-div", "-foffload-fp32-prec-sqrt"};
+
+// Intel's wheels have the OpenCL CPU device beside libsycl, but their list of devices names a folder that is not there.
+void tell_opencl_of_the_cpu() {
+  Dl_info info = {};
+  if (!dladdr(reinterpret_cast<void *>(&sycl::platform::get_platforms), &info) || !info.dli_fname) return;
+  const std::string library = info.dli_fname;
+  const std::string driver = library.substr(0, library.rfind('/') + 1) + "libintelocl.so";
+  if (access(driver.c_str(), R_OK) == 0) setenv("OCL_ICD_FILENAMES", driver.c_str(), 0);
+}
+
+sycl::kernel compile(const sycl::context &context, const Kernel &kernel) {
+  const std::string entry = std::string("PB_SYCL_ENTRY(") + kernel.name + ", " + kernel.type + ")\n";
+  ex::include_files files;
+  for (const auto &header : headers) files.add(header.first, header.second);
+  auto text = ex::create_kernel_bundle_from_source(context, ex::source_language::sycl,
+                                                   "#include \"simt/sycl.h\"\n#include \"kernels/kernels.h\"\n" + entry,
+                                                   ex::properties{files});
+  std::vector<std::string> words(std::begin(options), std::end(options));
+  words.push_back("-DPB_SUB_GROUP=" + std::to_string(kernel.width));
+  std::string log;
+  try {
+    return ex::build(text, ex::properties{ex::build_options{words}, ex::save_log{&log}})
+        .ext_oneapi_get_kernel(kernel.name);
+  } catch (const std::exception &error) {
+    throw std::runtime_error(std::string(error.what()) + "\n" + log);
+  }
+}
+
+// Those of a process; an entry is made once, whichever thread asks first.
+class Kernels {
+ public:
+  sycl::kernel get(const sycl::context &context, const Kernel &kernel) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    const Key key = {std::hash<sycl::context>()(context), kernel.width, kernel.name};
+    const auto found = made_.find(key);
+    if (found != made_.end()) return found->second;
+    return made_.emplace(key, compile(context, kernel)).first->second;
+  }
+
+ private:
+  typedef std::tuple<size_t, uint32_t, std::string> Key;
+  std::mutex mutex_;
+  std::map<Key, sycl::kernel> made_;
+};
+
+Kernels &kernels() {
+  static Kernels *kernels = new Kernels;  // never destroyed: libsycl may be gone before
+  return *kernels;
+}
+
+}  // namespace
+
+sycl::queue &cpu_queue() {
+  static sycl::queue *queue = [] {
+    tell_opencl_of_the_cpu();
+    return new sycl::queue(sycl::cpu_selector_v, sycl::property::queue::in_order());  // never destroyed, either
+  }();
+  return *queue;
+}
+
+std::string unfit(sycl::device device, uint32_t width) {
+  const auto widths = device.get_info<sycl::info::device::sub_group_sizes>();
+  if (std::find(widths.begin(), widths.end(), width) == widths.end())
+    return "no sub-groups of " + std::to_string(width);
+  if (!device.ext_oneapi_can_compile(ex::source_language::sycl)) return "no DPC++ in libsycl to compile kernels";
+  return "";
+}
+
+void enqueue(sycl::queue &queue, const Kernel &kernel, const Launch &launch) {
+  const sycl::kernel compiled = kernels().get(queue.get_context(), kernel);
+  const size_t threads = launch.group_dim;
+  queue.submit([&](sycl::handler &handler) {
+    handler.set_arg(0, ex::raw_kernel_arg(launch.args, launch.args_bytes));
+    handler.set_arg(1, sycl::local_accessor<char, 1>(kernel.local_bytes, handler));
+    handler.parallel_for(sycl::nd_range<1>(static_cast<size_t>(launch.groups) * threads, threads), compiled);
+  });
+}
+
+}  // namespace sycl_device
+}  // namespace pb

@@ -1,0 +1,38 @@
+// Devices, queues and kernels of SYCL, apart from which kernels there are: DPC++ compiles one when it is first
+// launched.
+#ifndef PB_SYCL_DEVICE_H
+#define PB_SYCL_DEVICE_H
+
+#include <cstddef>
+#include <cstdint>
+#include <string>
+#include <sycl/sycl.hpp>
+
+namespace pb {
+namespace sycl_device {
+
+struct Kernel {
+  const char *name, *type;  // of the entry point, and in C++
+  uint32_t width;           // of a sub-group
+  size_t local_bytes;
+};
+
+struct Launch {
+  int64_t groups;
+  uint32_t group_dim;
+  const void *args;
+  size_t args_bytes;
+};
+
+// The in-order queue of the CPU as an OpenCL device. Throws if there is none.
+sycl::queue &cpu_queue();
+
+// Why a device cannot run kernels with sub-groups of `width`, or "".
+std::string unfit(sycl::device device, uint32_t width);
+
+// Enqueues; does not wait. Throws what SYCL throws, the compiler's log in it.
+void enqueue(sycl::queue &queue, const Kernel &kernel, const Launch &launch);
+
+}  // namespace sycl_device
+}  // namespace pb
+#endif
