@@ -148,7 +148,7 @@ def test_score_and_exit_status(capsys: pytest.CaptureFixture[str]) -> None:
         return mutate.Result(mutant, "a sample" if killed else None)
 
     results = [of(number, number > 2) for number in range(1, 41)]
-    reason = {(KBIT.as_posix(), "line 1", "mutated 1"): "it cannot matter"}
+    reason = {(KBIT.as_posix(), "line 1", "mutated 1"): ["it cannot matter"]}
     assert mutate.report(results, {}) == 0
     assert (
         "38/40 killed (mask 38/40), 0 explained, 2 survived, 0 did not compile; score 95.0%" in capsys.readouterr().out

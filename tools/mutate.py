@@ -18,7 +18,8 @@ First every sample runs once on each backend with all mutants off, while the lib
 computed anything else (a barrier or a shuffle: where it was reached). No other sample can tell the mutant from the
 original. Those are what the mutant is held to, on every backend, each with one schedule (barriers and shuffles: with
 all), until one fails: the quickest of each op first, then the quickest built with AddressSanitizer and
-UndefinedBehaviorSanitizer, then the rest. A crash or a hang kills, too. A mutant that does not compile is none.
+UndefinedBehaviorSanitizer, then, unless it is explained, the rest. A crash or a hang kills, too. A mutant that does not
+compile is none.
 
 tools/mutate.json explains survivors that are equivalent to the original; an explanation that explains nothing is an
 error. Exit status 1: less than 95% of the mutants that are not explained were killed, or such an error.
@@ -335,6 +336,7 @@ class Bench:
     builds: Sequence[str] = tuple(BUILDS)
     backends: Sequence[str] = tuple(SCHEDULES)
     apart: set[Mutant] = field(default_factory=set)  # those that cannot be chosen at run time
+    explained: Collection[Mutant] = ()  # no sample is expected to kill these: the quickest alone are tried
     seconds: dict[tuple[str, int], float] = field(default_factory=dict)  # of the original, by backend and sample
     telling: dict[Mutant, list[tuple[str, int]]] = field(default_factory=lambda: defaultdict(list))
     op_of: dict[int, str] = field(default_factory=dict)
@@ -352,11 +354,10 @@ class Bench:
         self.numbers = {mutant: number for number, mutant in enumerate(self.mutants, 1)}
         self._build_program(self.builds[0])
         self._build_switched()
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            work = [pool.submit(self._build_again, build) for build in self.builds[1:]]
-            work += [pool.submit(self._trace, backend) for backend in self.backends]
-            for one in work:
-                one.result()
+        pool = ThreadPoolExecutor(os.cpu_count())
+        self._building = {build: pool.submit(self._build_again, build) for build in self.builds[1:]}
+        list(pool.map(self._trace, self.backends))
+        pool.shutdown(wait=False)  # the first build has enough to do meanwhile
 
     @property
     def original(self) -> Path:
@@ -468,7 +469,9 @@ class Bench:
             turn: Counter[str] = Counter()  # the quickest of each op, then the second of each
             of.sort(key=lambda sample: turn.update([self.op_of[sample]]) or turn[self.op_of[sample]])
         plain, *sanitized = self.builds
-        parts = [(plain, 0, QUICK), *((build, 0, SANITIZED) for build in sanitized), (plain, QUICK, None)]
+        parts: list[tuple[str, int, int | None]] = [(plain, 0, QUICK), *((build, 0, SANITIZED) for build in sanitized)]
+        if mutant not in self.explained:
+            parts.append((plain, QUICK, None))
         for (build, begin, end), (backend, of) in product(parts, samples.items()):
             if of[begin:end]:
                 yield Turn(build, backend, SCHEDULES[backend], of[begin:end])
@@ -488,6 +491,8 @@ class Bench:
                 (tree / mutant.file).write_text(mutant.apply(source), encoding="utf-8")
             for turn in self.turns(mutant):
                 library = libraries[turn.build]
+                if turn.build in self._building:
+                    self._building[turn.build].result()
                 if not library.exists():
                     self._link(turn.build, tree, library)
                 factor, least = PATIENCE[turn.build]
@@ -526,27 +531,31 @@ def run(bench: Bench, todo: Iterable[Mutant], jobs: int) -> Iterator[Result]:
             yield done.result()
 
 
-def explanations(path: Path = EXPLANATIONS) -> dict[tuple[str, str, str], str]:
-    """Reasons by file, source line and mutated line."""
-    entries = json.loads(path.read_text(encoding="utf-8"))
-    return {(entry["file"], entry["line"], entry["becomes"]): entry["reason"] for entry in entries}
+def explanations(path: Path = EXPLANATIONS) -> dict[tuple[str, str, str], list[str]]:
+    """Reasons by file, source line and mutated line: one for each mutant with these texts that is explained."""
+    found: dict[tuple[str, str, str], list[str]] = defaultdict(list)
+    for entry in json.loads(path.read_text(encoding="utf-8")):
+        found[entry["file"], entry["line"], entry["becomes"]].append(entry["reason"])
+    return found
 
 
-def report(results: Sequence[Result], explained: dict[tuple[str, str, str], str]) -> int:
+def report(results: Sequence[Result], explained: Mapping[tuple[str, str, str], Sequence[str]]) -> int:
     """Print the score and the survivors; returns the exit status."""
     files = {result.mutant.file.as_posix() for result in results}
-    left = {key: reason for key, reason in explained.items() if key[0] in files}
+    left = {key: list(reasons) for key, reasons in explained.items() if key[0] in files}
     real = [result for result in results if not result.not_compiled]
     survivors = [result for result in real if result.killed_by is None]
     unexplained = 0
     for result in survivors:
         mutant = result.mutant
-        reason = left.pop((mutant.file.as_posix(), mutant.before, mutant.after), None)
+        reasons = left.get((mutant.file.as_posix(), mutant.before, mutant.after))
+        reason = reasons.pop() if reasons else None
         unexplained += reason is None
         print(f"{'survived' if reason is None else 'explained'}  {mutant.file}:{mutant.line}  {mutant.kind}")
         print(f"    {mutant.before}\n    {mutant.after}")
         print(f"    because {reason}" if reason else "", end="\n" if reason else "")
-    for file, line, becomes in left:
+    idle = [key for key, reasons in left.items() for _ in reasons]
+    for file, line, becomes in idle:
         print(f"an explanation that explains nothing: {file}\n    {line}\n    {becomes}")
     killed = len(real) - len(survivors)
     score = 100.0 * killed / (killed + unexplained) if killed + unexplained else 100.0
@@ -559,7 +568,7 @@ def report(results: Sequence[Result], explained: dict[tuple[str, str, str], str]
         f"{killed}/{len(real)} killed ({kinds}), {len(survivors) - unexplained} explained, {unexplained} survived, "
         f"{len(results) - len(real)} did not compile; score {score:.1f}%"
     )
-    return int(score < LEAST or bool(left))
+    return int(score < LEAST or bool(idle))
 
 
 def main() -> int:
@@ -571,9 +580,11 @@ def main() -> int:
     files = [path.resolve().relative_to(ROOT) for path in options.files or sorted((ROOT / KERNELS).glob("*.h"))]
     todo = [mutant for file in files for mutant in mutants(file, (ROOT / file).read_text(encoding="utf-8"))]
     start = time.monotonic()
+    explained = explanations()
+    equivalent = {m for m in todo if (m.file.as_posix(), m.before, m.after) in explained}
     results = []
     with tempfile.TemporaryDirectory() as folder:
-        bench = Bench(Path(folder), set().union(*map(ops_of, files)), todo)
+        bench = Bench(Path(folder), set().union(*map(ops_of, files)), todo, explained=equivalent)
         told = f"{len(todo)} mutants, {len(bench.apart)} of them built apart, {len(bench.op_of)} samples"
         print(f"{time.monotonic() - start:6.0f} s  {told}", flush=True)
         for result in run(bench, todo, options.jobs):
@@ -582,7 +593,7 @@ def main() -> int:
             where = f"{result.mutant.file.name}:{result.mutant.line} {result.mutant.kind}"
             print(f"{time.monotonic() - start:6.0f} s  {where}  {result.mutant.after}  --  {fate}", flush=True)
     results.sort(key=lambda result: bench.numbers[result.mutant])
-    return report(results, explanations())
+    return report(results, explained)
 
 
 if __name__ == "__main__":

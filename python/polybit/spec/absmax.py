@@ -131,6 +131,7 @@ def dequantize_samples(device: torch.device | str) -> Iterator[Sample]:
     for count in (0, 1, 255, 256, 257, 2048):
         yield sample(f"count={count}", q[:count].clone(), 0, 0, 0)
     yield sample("rows", q[300:1000].clone(), 300, 0, 0)
+    yield sample("last-rows", q[301:].clone(), 301, 0, 0)
     for width in (1, 3, 8, 64):
         part = q.view(32, 64)[:, 64 - width :].reshape(-1).clone()
         yield sample(f"columns={width}", part, 64 - width, width, 64)

@@ -163,7 +163,7 @@ def tolerance(dtype: torch.dtype, terms: int) -> dict[str, float]:
     return {"rtol": unit, "atol": 2 * unit * math.sqrt(terms + 1)}
 
 
-SHAPES = ((1, 64, 64), (3, 17, 100), (17, 33, 256), (1, 5, 1003), (4, 127, 200), (2, 1, 1), (33, 64, 384), (0, 8, 64))
+SHAPES = ((1, 64, 64), (3, 17, 100), (17, 33, 256), (1, 5, 1007), (4, 127, 200), (2, 1, 1), (33, 64, 384), (0, 8, 64))
 
 
 def cases() -> Iterator[tuple[str, int, int, int, str, int, bool, torch.dtype]]:
@@ -260,7 +260,7 @@ def grouped_transposed_samples(device: torch.device | str) -> Iterator[Sample]:
 
 
 def int8_samples(device: torch.device | str) -> Iterator[Sample]:
-    """cases with and without bias, x over the whole range of int8; shards."""
+    """cases with and without bias, x over the whole range of int8; shards; the last code's value is the largest."""
     for i, (case, m, n, k, name, block, double, dtype) in enumerate(cases()):
         run = moved(weight(noise((n, k), i), name, block, double), device)
         x = (noise((m, k), i + 1000) * 50).clamp(-127, 127).to(torch.int8).to(device)
@@ -273,6 +273,12 @@ def int8_samples(device: torch.device | str) -> Iterator[Sample]:
         absmax = (noise(5, 4).abs() + 2).to(device)
         weight_run = moved(part, device)
         yield Sample(case, (x, absmax, *weight_run, None, n, *numbers, torch.float32), **tolerance(torch.float32, k))
+    q, scales, code, *nested = weight(noise((8, 64), 5), "nf3", 64, False)
+    assert code is not None
+    code = code * torch.linspace(0.5, 1.5, 8)
+    x = (noise((3, 64), 6) * 50).clamp(-127, 127).to(torch.int8)
+    run = moved((x, noise(3, 7).abs() + 2, q, scales, code, *nested), device)
+    yield Sample("last-largest", (*run, None, 8, 64, 3, 0, 0, torch.float32), **tolerance(torch.float32, 64))
 
 
 OPS = (
