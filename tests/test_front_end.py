@@ -11,18 +11,20 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tools import PACKAGE
+from intel import require_backend
+from tools import PACKAGE, backend_param
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 SENTENCES = EXAMPLES / "sentences.txt"
-# The first is what the others are compared with.
-BACKENDS = ("cpu", "emulator:32")
+BACKENDS = [backend_param(name) for name in ("cpu", "emulator:32", "sycl:cpu")]
 
 Run = Callable[[str], str]
 
 
 def example(name: str, *options: str, backend: str, cwd: Path) -> str:
     """What an example prints. Where the backend lacks an op, or declines a case, it ends with an error."""
+    if backend == "sycl:cpu":
+        require_backend()
     env = {key: value for key, value in os.environ.items() if not key.startswith("POLYBIT_")}
     env |= {"POLYBIT_BACKEND": backend, "POLYBIT_FALLBACK": "error", "PYTHONPATH": str(PACKAGE.parent)}
     env |= {"OMP_NUM_THREADS": "1"}  # sums in torch's own products depend on it
@@ -60,7 +62,7 @@ def qlora(tmp_path_factory: pytest.TempPathFactory) -> Run:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_qlora(qlora: Run, backend: str) -> None:
     """Every optimizer step is the same to the bit; products are so up to their rounding."""
-    got, want = qlora(backend), qlora(BACKENDS[0])
+    got, want = qlora(backend), qlora("cpu")
     first, last = numbers(r"fp32: 100 steps, loss ([\d.]+) -> ([\d.]+)", got)
     assert last < first - 1
     first, last = numbers(r"PagedAdamW8bit: 50 steps, loss ([\d.]+) -> ([\d.]+)", got)
@@ -117,7 +119,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory, encoder: Path) -> Run:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_demo(demo: Run, backend: str) -> None:
-    assert_the_same_quality(demo(backend), demo(BACKENDS[0]))
+    assert_the_same_quality(demo(backend), demo("cpu"))
     table = rows(demo(backend))
     assert float(table["LLM.int8()"][2]) > 0.999
     assert 0.9 < float(table["FP4"][3]) < 0.9999, "nothing was quantized, or what it was is lost"
@@ -131,5 +133,5 @@ def real_demo(tmp_path_factory: pytest.TempPathFactory) -> Run:
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_demo_with_a_real_model(real_demo: Run, backend: str) -> None:
-    assert_the_same_quality(real_demo(backend), real_demo(BACKENDS[0]))
+    assert_the_same_quality(real_demo(backend), real_demo("cpu"))
     assert float(rows(real_demo(backend))["NF4 + double quantization"][2]) > 0.97
