@@ -1,4 +1,4 @@
-"""The kernels written once: on the emulator, under sanitizers, compiled by nvcc and clang, type-checked as Metal."""
+"""The kernels written once: on the emulator, under sanitizers, compiled by nvcc and clang."""
 
 from __future__ import annotations
 
@@ -239,24 +239,6 @@ def test_clang_compiles_for_amd_without_spills_and_with_wide_loads(
     for field, value in (("vgpr_spill_count", 0), ("sgpr_spill_count", 0), ("wavefront_size", width)):
         assert re.findall(rf"\.{field}: +(\d+)", text) == [str(value)] * entries
     assert len(re.findall(r"global_load_(?:dwordx4|b128)", text)) >= sum(WIDE_LOADS.values())
-
-
-def metal_check(*flags: str) -> subprocess.CompletedProcess[str]:
-    clang = require_clang()
-    warnings = ("-Wall", "-Wextra", "-Werror", "-pedantic-errors", "-Wno-unknown-attributes", "-Wno-unused-function")
-    return execute(clang, "-x", "c++", "-std=c++14", "-fsyntax-only", *warnings, "-Ishim", *flags, "kernels.metal")
-
-
-def test_metal_type_check() -> None:
-    done = metal_check()
-    assert done.returncode == 0, done.stderr
-
-
-def test_metal_type_check_refuses_a_wrong_address_space() -> None:
-    done = metal_check("-DMUTATE_ADDRESS_SPACE")
-    assert done.returncode != 0
-    refusal = "cannot initialize a variable of type 'threadgroup float *' with an lvalue of type 'device float *'"
-    assert refusal in done.stderr
 
 
 def require_emulator() -> None:

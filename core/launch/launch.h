@@ -5,6 +5,7 @@
 //     typedef LaneTiles Tiles;             // or those of its matrix instructions: core/simt/tile.h
 //     static u32 width(pb_context *ctx);   // of a wave; the same for all launches of the context's device
 //     static constexpr bool host_memory;   // may be left out: whether the host can read the tensors at once
+//     static constexpr i64 tensors;        // may be left out: how many of them one launch can name
 //     template <class K>
 //     static pb_status launch(pb_context *ctx, i64 groups, u32 group_dim, const typename K::Args &args);
 //   };

@@ -36,6 +36,14 @@ class ListEntry {
   i64 i_;
 };
 
+// Tensors in one launch, where the device bounds how many a launch can name; six may be named beside the list.
+template <class Device, class Lists, class = void>
+constexpr i64 list_capacity = Lists::capacity;
+template <class Device, class Lists>
+constexpr i64 list_capacity<Device, Lists, std::void_t<decltype(Device::tensors)>> =
+    (Device::tensors - 6) / Lists::pointers < Lists::capacity ? (Device::tensors - 6) / Lists::pointers
+                                                              : i64(Lists::capacity);
+
 // K over `count` tensors; `args` is all but K::Args::list. `fill` is given a ListEntry, sets it, and returns how many
 // groups work on it: with 0 the tensor is passed over.
 template <class Device, class K, class Fill>
@@ -43,7 +51,7 @@ pb_status launch_list(pb_context *ctx, i64 count, typename K::Args args, const F
   typedef decltype(args.list) Lists;
   Lists &list = args.list;
   for (list.base = 0; list.base < count; list.base += list.count) {
-    const i64 left = count - list.base, capacity = list.capacity;
+    const i64 left = count - list.base, capacity = list_capacity<Device, Lists>;
     list.count = left < capacity ? left : capacity;
     i64 groups = 0;
     for (i64 i = 0; i < list.count; i++) {

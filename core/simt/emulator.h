@@ -4,8 +4,7 @@
 #ifndef PB_SIMT_EMULATOR_H
 #define PB_SIMT_EMULATOR_H
 
-#include <stddef.h>
-#include <stdint.h>
+#include "machine.h"
 
 #define PB_ADAPTOR
 #define PB_FN static inline
@@ -22,26 +21,6 @@ typedef uint16_t u16;
 typedef uint32_t u32;
 typedef int32_t i32;
 typedef int64_t i64;
-
-namespace emulator {
-struct Place {
-  const char *file;
-  int line;
-};
-struct Ids {
-  u32 tid, group, group_dim, width;
-};
-constexpr uint64_t every_lane = ~uint64_t(0);
-Ids ids();
-void barrier(Place place);
-u32 shuffle_xor(u32 value, u32 mask, uint64_t members, Place place);
-u32 shuffle(u32 value, u32 source_lane, uint64_t members, Place place);
-void *local_memory(size_t bytes, Place place);  // the one array of the group; starts as 0xFF in every byte
-void misaligned(const char *what, size_t bytes, Place place);  // an error
-static inline void check_aligned(const void *p, size_t bytes, Place place, const char *what = "an access") {
-  if (reinterpret_cast<uintptr_t>(p) % bytes) misaligned(what, bytes, place);
-}
-}  // namespace emulator
 
 PB_FN float as_float(u32 bits) {
   float x;

@@ -94,9 +94,10 @@ struct Wave {  // a kernel gets the ids as parameters: carry them
 // An entry point of a kernel, its arguments in one buffer.
 #define PB_METAL_ENTRY(name, ...) \
   typedef __VA_ARGS__ name##_kernel; \
-  kernel void name(PB_ARGUMENTS(name##_kernel::Args, args) [[buffer(0)]], uint tid [[thread_position_in_threadgroup]], \
-                   uint group [[threadgroup_position_in_grid]], uint group_dim [[threads_per_threadgroup]], \
-                   uint lane [[thread_index_in_simdgroup]]) { \
+  [[max_total_threads_per_threadgroup(name##_kernel::group_max)]] kernel void name( \
+      PB_ARGUMENTS(name##_kernel::Args, args) [[buffer(0)]], uint tid [[thread_position_in_threadgroup]], \
+      uint group [[threadgroup_position_in_grid]], uint group_dim [[threads_per_threadgroup]], \
+      uint lane [[thread_index_in_simdgroup]]) { \
     PB_SHARED(name##_kernel::Local, local); \
     name##_kernel::run(pb::Wave{tid, group, group_dim, lane}, local, args); \
   }

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from polybit.backends.base import Backend, BackendError, BackendInfo
+from polybit.backends.metal import load_metal
 from polybit.backends.native import load_library
 
 ENTRY_POINT_GROUP = "polybit.backends"
@@ -25,7 +26,7 @@ def automatic_families(device_type: str) -> tuple[str, ...]:
     """
     if device_type == "cuda":  # torch gives AMD's GPUs this name, too
         return ("hip",) if torch.version.hip else ("cuda",)
-    return {"cpu": ("cpu",), "xpu": ("sycl",)}.get(device_type, ())
+    return {"cpu": ("cpu",), "xpu": ("sycl",), "mps": ("mps",)}.get(device_type, ())
 
 
 def family(name: str) -> str:
@@ -94,6 +95,8 @@ def _load(source: object) -> list[Backend]:
     """A path, a backend, a list of them, or a callable or entry point that gives one of these."""
     if isinstance(source, EntryPoint):
         return _load(source.load())
+    if isinstance(source, Path) and source.name.startswith("libpolybit_mps."):
+        return [load_metal(source)]
     if isinstance(source, (str, Path)):
         return list(load_library(source))
     if isinstance(source, Backend):

@@ -3,7 +3,8 @@
 On the CPU a state is a shared mapping of a file. The kernels walk through it once a step, in order, so the system reads
 ahead and writes behind, and needs no more memory than it likes to give.
 
-States of parameters on a GPU are in pinned host memory instead; polybit.optim.windows brings them to the device.
+States of parameters on a GPU are in pinned host memory instead; polybit.optim.windows brings them to the device. An
+Apple GPU shares the memory of the CPU, so its states are ordinary tensors.
 """
 
 from __future__ import annotations
@@ -27,15 +28,15 @@ def paged_zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device, 
 
     On the CPU they are a mapping of a file in `folder` (default: see default_folder). The file has no name: its space
     is free as soon as the tensor, or the process, is gone, however it goes. For an accelerator they are pinned, on the
-    CPU. Small states are on the device. Raises NotImplementedError for another device, OSError if there is no room or
-    no such folder.
+    CPU; for an Apple GPU, on the device. Small states are on the device. Raises NotImplementedError for another device,
+    OSError if there is no room or no such folder.
     """
     accelerator = torch.accelerator.current_accelerator()
     on_accelerator = accelerator is not None and accelerator.type == device.type
     if device.type != "cpu" and not on_accelerator:
         raise NotImplementedError(f"paged optimizer states are for the CPU and the accelerator, not for {device}")
     numel = prod(shape)
-    if numel < PAGED_NUMEL:
+    if numel < PAGED_NUMEL or device.type == "mps":
         return torch.zeros(shape, dtype=dtype, device=device)
     if on_accelerator:
         return torch.zeros(shape, dtype=dtype, pin_memory=True)
