@@ -130,7 +130,7 @@ def test_help_lists_every_target() -> None:
 
 
 def test_environment_variables_exist() -> None:
-    """A variable of the package or an option of CMake; and every variable of the package is in the table."""
+    """Each is of the package, of a tool, or an option of CMake; and the table has every variable of the package."""
     reads = re.compile(r'(?:environ(?:\.get\(|\[)|getenv\()\s*"(POLYBIT_\w+)"')
     files = [path for folder in ("python/polybit", "core", "backends") for path in (ROOT / folder).rglob("*")]
     sources = [path.read_text(encoding="utf-8") for path in files if path.suffix in (".py", ".cpp", ".h")]
@@ -139,8 +139,11 @@ def test_environment_variables_exist() -> None:
     cmake = re.search(r"foreach\(family (.*)\)", text)
     assert cmake is not None and "POLYBIT_BACKEND" in variables
     options = {f"POLYBIT_{family}" for family in cmake[1].split()} | set(re.findall(r"^option\((\w+)", text, re.M))
+    for path in (ROOT / "backends").glob("*/CMakeLists.txt"):
+        options.update(re.findall(r"^set\((POLYBIT_\w+) .* CACHE", path.read_text(encoding="utf-8"), re.M))
+    tools = {name for path in (ROOT / "tools").glob("*.py") for name in reads.findall(path.read_text(encoding="utf-8"))}
     named = {page: re.findall(r"\bPOLYBIT_[A-Z]\w*", text) for page, text in TEXTS.items()}
-    known = variables | options
+    known = variables | options | tools
     assert not unknown({page: [name for name in names if name not in known] for page, names in named.items()})
     assert variables == set(re.findall(r"^\| `(POLYBIT_\w+)` \|", TEXTS["docs/backends.md"], re.M))
 
