@@ -196,7 +196,7 @@ def shards() -> Iterator[tuple[str, tuple[Any, ...], int, int, tuple[int, int, i
 
 
 def forward_samples(device: torch.device | str) -> Iterator[Sample]:
-    """cases with and without bias, NaN in x, more dimensions, shards."""
+    """cases with and without bias, NaN in x, more dimensions, shards, an infinite scale."""
     for i, (case, m, n, k, name, block, double, dtype) in enumerate(cases()):
         run = moved(weight(noise((n, k), i), name, block, double), device)
         x = noise((m, k), i + 1000, dtype).to(device)
@@ -209,8 +209,15 @@ def forward_samples(device: torch.device | str) -> Iterator[Sample]:
     x[0, 1, 5] = float("nan")
     yield Sample("nan", (x.to(device), *run, None, None, 6, 64, 4, 0, 0), **tolerance(x.dtype, 70))
     for case, part, n, k, numbers in shards():
-        x = noise((5, k), 3).to(device)
+        x = noise((7, k), 3).to(device)
         yield Sample(case, (x, *moved(part, device), None, None, n, *numbers), **tolerance(x.dtype, k))
+    # The scale of the last block is infinite, and so is y: zeros behind the end of x may not meet it.
+    q, absmax, code, *_ = weight(noise((1, 70), 4), "lloyd2", 64, False)
+    assert q is not None and absmax is not None and code is not None
+    x = weight_values(70, 70, (q, absmax, code, None, None, None), 64, 2, 0, 0).sign().view(1, 70)
+    absmax[1] = float("inf")
+    run = moved((q, absmax, code, None, None, None), device)
+    yield Sample("infinite-scale", (x.to(device), *run, None, None, 1, 64, 2, 0, 0), **tolerance(x.dtype, 70))
 
 
 def transposed_samples(device: torch.device | str) -> Iterator[Sample]:

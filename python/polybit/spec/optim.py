@@ -413,12 +413,14 @@ def cases(device: torch.device | str) -> Iterator[tuple[str, str, list[Tensor], 
     bf16 = [blockwise.noise((70, 100), 7, torch.bfloat16).to(device), torch.tensor([float("nan"), 3e38], device=device)]
     grads = [blockwise.noise((70, 100), 8).to(device), torch.tensor([0.0, -1e38], device=device)]
     bf16[1] = bf16[1].to(torch.bfloat16)
+    grads[0][3, 5] = float("nan")
     yield "stochastic", "sgd", bf16, grads, Hyper(lr=0.001), STOCHASTIC
     yield "empty-list", "adam", [], [], settings("adam", 1), 0
     # More tensors than the arguments of one launch hold.
     params = [blockwise.noise(i * 7 % 50, i, FLOATS[i % 3]).to(device) for i in range(95)]
     grads = [blockwise.noise(i * 7 % 50, i + 200, FLOATS[i % 2]).to(device) for i in range(95)]
-    yield "lamb-95-tensors", "lamb", params, grads, settings("lamb", 2), STOCHASTIC
+    # Without eps: what a kernel computes behind the end of a tensor is 0 / 0.
+    yield "lamb-95-tensors", "lamb", params, grads, settings("lamb", 2)._replace(eps=0.0), STOCHASTIC
 
 
 def states_of(name: str, params: list[Tensor], seed: int) -> list[list[Tensor]]:
