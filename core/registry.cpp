@@ -8,34 +8,16 @@
 #include <exception>
 #include <stdexcept>
 
+#include "op_kinds.h"
+
 namespace pb {
 
 const std::vector<Op> &op_table() {
-#define PB_IN(name) "i"
-#define PB_OPT(name) "?"
-#define PB_OUT(name) "o"
-#define PB_MUT(name) "m"
-#define PB_INS(name) "I"
-#define PB_MUTS(name) "M"
-#define PB_INT(name) "n"
-#define PB_FLOAT(name) "f"
-#define PB_DTYPE(name) "d"
-#define PB_SHAPE(name) "s"
 #define PB_OP(name, arguments) {#name, arguments},
   static const std::vector<Op> table = {
 #include "ops.def"
   };
 #undef PB_OP
-#undef PB_IN
-#undef PB_OPT
-#undef PB_OUT
-#undef PB_MUT
-#undef PB_INS
-#undef PB_MUTS
-#undef PB_INT
-#undef PB_FLOAT
-#undef PB_DTYPE
-#undef PB_SHAPE
   return table;
 }
 

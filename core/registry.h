@@ -10,8 +10,7 @@ namespace pb {
 
 using Kernel = pb_status (*)(pb_context *, const void *);
 
-// kinds: one letter per argument of the op table: i IN, ? OPT, o OUT, m MUT, I INS, M MUTS, n INT, f FLOAT, d DTYPE, s
-// SHAPE.
+// kinds: one letter per argument of the op table, those of op_kinds.h.
 struct Op {
   const char *name;
   const char *kinds;

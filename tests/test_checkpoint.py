@@ -25,6 +25,7 @@ import torch
 from fuzz import fuzz_checkpoint
 from safetensors import safe_open
 from safetensors.torch import save_file
+from tools import cpu_variants
 from torch import Tensor
 
 from polybit import checkpoint
@@ -149,7 +150,10 @@ def test_bitsandbytes_reads_what_we_write(format: str, block: int, nested: bool)
             data = state.pop("weight")
             parameter = bnb.nn.Params4bit.from_prequantized(data, dict(state), device="cpu")
             value = bnb.functional.dequantize_4bit(parameter.data, parameter.quant_state)
-            assert value.dtype == dtype and torch.equal(raw(value + 0.0), raw(weight.dequantize() + 0.0))
+            want = weight.dequantize()
+            if "cpu:avx512" in cpu_variants():
+                want = want + 0.0  # turns -0 into 0
+            assert value.dtype == dtype and torch.equal(raw(value), raw(want))
 
 
 @pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16])

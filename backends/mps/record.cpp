@@ -8,6 +8,7 @@
 #include "../../core/simt/emulator.h"
 #include "../../core/kernels/kernels.h"
 #include "../../core/launch/table.h"
+#include "../../core/op_kinds.h"
 
 namespace {
 
@@ -115,16 +116,6 @@ extern "C" {
 
 // The ops of this library's table, then a null name.
 PB_EXPORT pb_metal_op polybit_metal_op(int64_t index) {
-#define PB_IN(name) "i"
-#define PB_OPT(name) "?"
-#define PB_OUT(name) "o"
-#define PB_MUT(name) "m"
-#define PB_INS(name) "I"
-#define PB_MUTS(name) "M"
-#define PB_INT(name) "n"
-#define PB_FLOAT(name) "f"
-#define PB_DTYPE(name) "d"
-#define PB_SHAPE(name) "s"
 #define PB_OP(name, arguments) {#name, arguments},
   static const pb_metal_op ops[] = {
 #include "../../core/ops.def"
