@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -132,8 +133,8 @@ def test_what_samples_notice(tmp_path: Path) -> None:
     )
     results = {result.mutant: result for result in mutate.run(bench, bench.mutants, 2)}
     shared, survived, killed, alone, failed = (results[mutant] for mutant in bench.mutants)
-    assert shared.killed_by.startswith("emulator:") and ", plain: dequantize_kbit, sample " in shared.killed_by
-    assert shared.killed_by == alone.killed_by
+    for result in (shared, alone):  # which sample is the first to notice depends on how long each took
+        assert re.match(r"emulator:(32|16) \w+, plain: dequantize_kbit, sample ", result.killed_by)
     assert survived == mutate.Result(behind)  # reads behind an input
     assert "dequantize_kbit" in killed.killed_by
     assert failed == mutate.Result(broken, not_compiled=True)

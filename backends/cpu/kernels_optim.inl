@@ -9,6 +9,8 @@ typedef pb::Moments<Vec> Moments;
 
 constexpr int64_t state_block = 256;              // elements that share a scale of an 8-bit state
 constexpr int64_t optim_chunk = 4 * state_block;  // elements that a thread takes at a time
+// Elements that are asked for ahead of the step: memory would idle while a block's 8-bit states are encoded.
+constexpr int64_t prefetch_ahead = 2 * state_block;
 enum { option_stochastic = 1, option_skip_nonfinite = 2 };
 
 inline Hyper broadcast(const float *values) {
@@ -55,6 +57,8 @@ inline void step_block(const Call &call, float *p, const float *g, int64_t n, co
   const int states = (int)pb::optim_states(RULE);
   for (int64_t i = 0; i < n; i += simd::W) {
     const int lanes = (int)min64(n - i, simd::W);
+    __builtin_prefetch(p + i + prefetch_ahead, 1);
+    __builtin_prefetch(g + i + prefetch_ahead, 0);
     const Vec param = load_vec(p + i, lanes), grad = load_vec(g + i, lanes);
     Moments m = {{simd::zero()}, {simd::zero()}, {simd::zero()}};
     if (states > 0) m.a = load(0, i, lanes);
