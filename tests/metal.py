@@ -21,6 +21,7 @@ import torch
 from tools import require_tool
 
 ROOT = Path(__file__).parent.parent
+ENTRIES = ROOT / "core" / "kernels" / "entries.def"
 TYPES = {"": ctypes.c_int64, "int32": ctypes.c_int32, "int16": ctypes.c_int16, "uint8": ctypes.c_uint8}
 BUFFERS, BY_VALUE, THREADS = 31, 4096, 1024
 WARNINGS = ("-Wall", "-Wextra", "-Werror", "-pedantic-errors", "-Wno-unknown-attributes", "-Wno-unused-function")
@@ -34,9 +35,9 @@ def execute(*command: str | Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=300, check=False)
 
 
-def amalgamate(folder: Path) -> Path:
+def amalgamate(folder: Path, source: Path = ROOT / "backends" / "mps" / "polybit.metal") -> Path:
     """The text that the package would have, as CMake makes it."""
-    target, source = folder / "polybit.metal", ROOT / "backends" / "mps" / "polybit.metal"
+    target = folder / "amalgamated.metal"
     done = execute(sys.executable, ROOT / "backends" / "mps" / "amalgamate.py", source, target)
     assert done.returncode == 0, done.stderr
     return target
@@ -62,15 +63,16 @@ def entry_points(text: Path) -> dict[str, dict[str, str]]:
 
 
 class Shaders:
-    """What ``compile_shader`` returns. ``calls`` counts the kernels that ran, by name."""
+    """What ``compile_shader`` returns for a text with these entries. ``calls`` counts the kernels that ran, by name."""
 
-    def __init__(self, text: str, folder: Path) -> None:
+    def __init__(self, text: str, folder: Path, entries: Path = ENTRIES) -> None:
         source, library = folder / "compiled.metal", folder / "compiled.so"
         source.write_text(text, encoding="utf-8")
         done = execute(
             require_clang(),
             *("-std=c++17", "-O1", "-fPIC", "-shared", "-pthread", "-ffp-contract=off", "-fno-strict-aliasing"),
             *("-Wno-unknown-attributes", "-DPB_METAL_RUNS", f'-DPB_METAL_TEXT="{source}"'),
+            f'-DPB_METAL_ENTRIES="{entries}"',
             *(f"-I{ROOT}", f"-I{ROOT / 'tests' / 'simt' / 'shim'}", ROOT / "tests" / "simt" / "metal_run.cpp"),
             *(ROOT / "backends" / "emulator" / f"{name}.cpp" for name in ("engine", "fiber")),
             *("-o", library),

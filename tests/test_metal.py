@@ -20,7 +20,6 @@ from polybit.spec.blockwise import noise
 from polybit.spec.kbit import weight
 from polybit.testing import check
 
-ENTRIES = metal.ROOT / "core" / "kernels" / "entries.def"
 NAME = "metal-stand-in"
 ORDERS = (
     "shuffled:5",
@@ -69,6 +68,15 @@ def test_the_text_passes_the_type_check(package: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_the_text_asks_for_no_fast_math(package: Path) -> None:
+    text = (package / "polybit.metal").read_text(encoding="utf-8")
+    for pragma in ("METAL fp math_mode(safe)", "METAL fp contract(off)", "clang fp contract(off)"):
+        assert 0 < text.index(f"#pragma {pragma}\n") < text.index("namespace pb")
+    library = set(re.findall(r"\bmetal::((?:\w+::)?\w+)", text)) - {"threadgroup_barrier", "mem_flags::mem_device"}
+    exact = {"as_type", "fma", "rint", "precise::sqrt", "simd_shuffle", "simd_shuffle_xor"}
+    assert library - {"mem_flags::mem_threadgroup", "simdgroup_float8x8", "simdgroup_multiply_accumulate"} == exact
+
+
 @pytest.mark.parametrize("planted", REFUSED)
 def test_the_type_check_refuses(planted: str, tmp_path: Path) -> None:
     text = metal.amalgamate(tmp_path)
@@ -103,7 +111,7 @@ def test_entry_points_keep_to_the_limits(tmp_path: Path) -> None:
 
 def run_entries() -> list[str]:
     """The names in entries.def, by the preprocessor."""
-    done = metal.execute(metal.require_clang(), "-x", "c++", "-E", "-P", "-DPB_ENTRY(name,...)=@name", ENTRIES)
+    done = metal.execute(metal.require_clang(), "-x", "c++", "-E", "-P", "-DPB_ENTRY(name,...)=@name", metal.ENTRIES)
     assert done.returncode == 0, done.stderr
     return re.findall(r"@\s*(\w+)", done.stdout)
 
@@ -120,7 +128,8 @@ def test_samples(backend: metal.Shaders, op: str, order: str, monkeypatch: pytes
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float16, torch.bfloat16), ids=str)
 @pytest.mark.parametrize("rows", (1, 5, 40))
 def test_products_are_those_of_the_emulator(backend: metal.Shaders, rows: int, dtype: torch.dtype) -> None:
-    """To the bit: one source, 32 lanes, no contraction. Also of dtypes and rows that no sample has."""
+    """To the bit: 32 lanes, no contraction, and the shim's simdgroup_multiply_accumulate adds up in the order of k, as
+    LaneTile does. Also of dtypes and rows that no sample has."""
     run = weight(noise((33, 256), 1), "nf4", 64, True)
     x, x_absmax = noise((rows, 256), 2), noise((rows,), 3).abs()
     codes = (x * 40).clamp(-127, 127).to(torch.int8)
@@ -131,6 +140,46 @@ def test_products_are_those_of_the_emulator(backend: metal.Shaders, rows: int, d
             got.append((y, torch.ops.polybit.matmul_kbit_int8(codes, x_absmax, *run, None, 33, 64, 4, 0, 0, dtype)))
     for mine, other in zip(*got):
         assert mine.dtype == dtype and torch.equal(mine, other) and bool(mine.float().abs().sum() > 1)
+
+
+# A product of each tile of core/simt/tile_simdgroup.h.
+FEW_ENTRIES = """
+PB_ENTRY(matmul_kbit_fp32, pb::MatmulKbit<float, pb::SimdgroupTiles>)
+PB_ENTRY(matmul_int8, pb::MatmulInt8<pb::SimdgroupTiles>)
+#undef PB_ENTRY
+"""
+WRONG_PLACES = {
+    "none": ("", "", False, False),
+    "row": ("w.lane() / 16u * 4u + w.lane() / 2u % 4u", "w.lane() / 4u", True, True),
+    "column": ("w.lane() / 8u % 2u * 4u + w.lane() % 2u * 2u + i", "w.lane() % 4u * 2u + i", True, True),
+    "row of B": ("as_float(p[pitch])", "as_float(p[1])", True, False),
+    "byte of B": ("row(w, 0) % 2u * 8u", "row(w, 0) % 2u * 16u", False, True),
+}
+
+
+@pytest.mark.parametrize("planted", WRONG_PLACES)
+def test_a_wrong_place_of_a_lane_in_a_matrix_is_noticed(planted: str, package: Path, tmp_path: Path) -> None:
+    right, wrong, *noticed = WRONG_PLACES[planted]
+    entries, source = tmp_path / "few.def", tmp_path / "few.metal"
+    entries.write_text(FEW_ENTRIES, encoding="utf-8")
+    backend = metal.ROOT / "backends" / "mps" / "polybit.metal"
+    text = backend.read_text(encoding="utf-8").replace("../../core/kernels/entries.def", str(entries))
+    source.write_text(text.replace("../..", str(metal.ROOT)), encoding="utf-8")
+    text = metal.amalgamate(tmp_path, source).read_text(encoding="utf-8")
+    assert not right or text.count(right) == 1
+    shaders = metal.Shaders(text.replace(right, wrong) if right else text, tmp_path, entries)
+    (library,) = package.glob("libpolybit_mps.*")
+    mine = MetalBackend(Recorder(library), lambda: shaders, name=NAME, device_type="cpu", origin="tests/metal.py")
+
+    x, run = noise((40, 256), 2), weight(noise((33, 256), 1), "nf4", 64, True)
+    a, b = ((noise((rows, 256), 3) * 40).clamp(-127, 127).to(torch.int8) for rows in (40, 33))
+    y, products = torch.empty(40, 33), torch.empty(40, 33, dtype=torch.int32)
+    mine.ops["matmul_kbit"](0, (x, *run, None, None, 33, 64, 4, 0, 0), (y,))
+    mine.ops["matmul_int8"](0, (a, b), (products,))
+    with polybit.backend("emulator:32", fallback="error"):
+        want = torch.ops.polybit.matmul_kbit(x, *run, None, None, 33, 64, 4, 0, 0)
+        assert [not torch.equal(y, want), not torch.equal(products, torch.ops.polybit.matmul_int8(a, b))] == noticed
+    assert shaders.calls == {"bind_arguments": 2, "matmul_kbit_fp32": 1, "matmul_int8": 1}
 
 
 def test_packing_copies(backend: metal.Shaders) -> None:

@@ -1,8 +1,10 @@
 // The entry points of the Metal backend: those of core/kernels, and one that binds arguments for all of them.
 #include "../../core/simt/metal.h"
+#include "../../core/simt/tile_simdgroup.h"
 #include "../../core/kernels/kernels.h"
 
 #define PB_ENTRY PB_METAL_ENTRY
+#define PB_TILES pb::SimdgroupTiles
 #include "../../core/kernels/entries.def"
 
 #define PB_TENSOR(k) device uchar *t##k [[buffer(k)]]

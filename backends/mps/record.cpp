@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "../../core/simt/emulator.h"
+#include "../../core/simt/tile_simdgroup.h"
 #include "../../core/kernels/kernels.h"
 #include "../../core/launch/table.h"
 #include "../../core/op_kinds.h"
@@ -94,10 +95,11 @@ struct KernelName;
   struct KernelName<__VA_ARGS__> { \
     static constexpr const char *value = #name; \
   };
+#define PB_TILES pb::SimdgroupTiles
 #include "../../core/kernels/entries.def"
 
 struct Recorder {
-  typedef pb::LaneTiles Tiles;
+  typedef pb::SimdgroupTiles Tiles;
   static constexpr int64_t tensors = tensors_max;
   static uint32_t width(pb_context *) { return 32; }
   template <class K>

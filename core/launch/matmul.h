@@ -196,8 +196,10 @@ pb_status matmul_kbit_int8(pb_context *ctx, const pb_matmul_kbit_int8_args *a) {
     const KbitBytes codes = {weight.weight, n, k, weight.aligned, weight.aligned16, run / 4};
     const typename MatmulKbitInt8<T>::Args args = {bytes(x, rows, k, k), codes, finish, one_run(), rows, n, k, 0};
     typedef MatmulKbitInt8<T, typename Device::Tiles> Tiles;
-    if (codes.run_words % Device::Tiles::template Bytes<T>::words)  // a block ends inside a tile
-      return launch_product<Device, MatmulKbitInt8<T>, GemvKbitInt8<T, 1>, GemvKbitInt8<T, gemv_rows>>(ctx, args);
+    constexpr u32 words = Device::Tiles::template Bytes<T>::words;
+    if constexpr (words > KbitBytes::unit / 4u)
+      if (codes.run_words % words)  // a block ends inside a tile
+        return launch_product<Device, MatmulKbitInt8<T>, GemvKbitInt8<T, 1>, GemvKbitInt8<T, gemv_rows>>(ctx, args);
     return launch_product<Device, Tiles, GemvKbitInt8<T, 1>, GemvKbitInt8<T, gemv_rows>>(ctx, args);
   });
 }

@@ -1,8 +1,13 @@
-// The adaptor for the Metal Shading Language. Compile with -fno-fast-math (or MTLMathModeSafe).
+// The adaptor for the Metal Shading Language. Compile with -fno-fast-math (or MTLMathModeSafe); the pragmas say it to
+// a compiler whose options are not ours (MSL specification, "Math Intrinsics Compiler Options").
 #ifndef PB_SIMT_METAL_H
 #define PB_SIMT_METAL_H
 
 #include <metal_stdlib>
+#ifdef __METAL_VERSION__
+#pragma METAL fp math_mode(safe)
+#pragma METAL fp contract(off)
+#endif
 #pragma clang fp contract(off)
 
 #define PB_ADAPTOR
@@ -17,6 +22,7 @@
 #endif
 #define PB_UNROLL _Pragma("unroll")
 #define PB_NO_UNROLL
+#define PB_SIMDGROUP_MATRIX
 #ifndef PB_ARGUMENTS  // the type check has its own: standard C++ copies no structure between address spaces
 #define PB_ARGUMENTS(T, name) constant T &name
 #endif

@@ -1,5 +1,5 @@
 // The text of backends/mps (PB_METAL_TEXT), run on the emulated machine: what tests/metal.py calls in torch.mps's
-// place.
+// place. PB_METAL_ENTRIES are its kernels.
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -39,7 +39,7 @@ void run(const char *name, void *const *buffers) {
   if (!std::strcmp(name, "bind_arguments")) return call_bind(buffers, std::make_index_sequence<31>());
 #define PB_ENTRY(entry, ...) \
   if (!std::strcmp(name, #entry)) return call(entry, buffers);
-#include "core/kernels/entries.def"
+#include PB_METAL_ENTRIES
 }
 
 }  // namespace
