@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import re
 import sys
 from collections.abc import Iterator
@@ -13,6 +14,9 @@ import torch
 from tools import require_tool, run_python
 
 import polybit
+from polybit import _C
+from polybit.backends import discovery
+from polybit.backends import metal as metal_backend
 from polybit.backends.discovery import catalogue
 from polybit.backends.metal import MetalBackend, Recorder, load_metal
 from polybit.spec import OPS
@@ -215,6 +219,42 @@ def test_where_there_is_no_apple_gpu_the_backend_says_so(package: Path) -> None:
     (library,) = package.glob("libpolybit_mps.*")
     if not torch.backends.mps.is_available():
         assert "torch sees no Apple GPU" in load_metal(library).reason
+
+
+def build_recorder(folder: Path, *, abi: int = _C.abi) -> Path:
+    """A libpolybit_mps for an op table."""
+    (folder / "polybit_abi.h").write_text(f"#define PB_ABI {abi}ull\n", encoding="utf-8")
+    library = folder / "libpolybit_mps.so"
+    flags = ("-std=c++17", "-fPIC", "-shared", f"-I{folder}", "-o", library)
+    done = metal.execute(metal.require_clang(), *flags, metal.ROOT / "backends" / "mps" / "record.cpp")
+    assert done.returncode == 0, done.stderr
+    return library
+
+
+def test_a_recorder_for_another_op_table_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    build_recorder(tmp_path, abi=0x1234)
+    monkeypatch.setattr(discovery, "LIBRARY_FOLDER", tmp_path)
+    found = discovery.Catalogue()
+    found.discover(("mps",))
+    assert "mps" not in [backend.name for backend in found.backends]
+    (reason,) = [info.reason for info in found.failures if "libpolybit_mps" in info.origin]
+    assert "op table 0000000000001234" in reason and f"{_C.abi:016x}" in reason and str(tmp_path) in reason
+
+
+@pytest.mark.parametrize("name", ("_DLTensor", "_TensorList", "_Context", "_Op", "_Launch"))
+def test_structures_that_are_not_those_of_the_header_are_refused(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two fields of one size that changed places."""
+    library = build_recorder(tmp_path)
+    assert len(Recorder(library).ops) == len(OPS)
+    fields = list(getattr(metal_backend, name)._fields_)
+    pairs = zip(range(len(fields) - 1), fields, fields[1:])
+    at = next(at for at, one, other in pairs if ctypes.sizeof(one[1]) == ctypes.sizeof(other[1]))
+    fields[at], fields[at + 1] = fields[at + 1], fields[at]
+    monkeypatch.setattr(metal_backend, name, type(name, (ctypes.Structure,), {"_fields_": tuple(fields)}))
+    with pytest.raises(RuntimeError, match="its structures are not those of"):
+        Recorder(library)
 
 
 def test_nothing_of_metal_is_loaded_without_its_tensors() -> None:

@@ -3,6 +3,7 @@
 //
 // A launcher sees made-up addresses. It runs twice, at two bases: a word of a kernel's arguments that moves with the
 // base is a pointer, and says into which tensor; every other word is a number.
+#include <cstddef>
 #include <vector>
 
 #include "../../core/simt/emulator.h"
@@ -30,6 +31,10 @@ struct pb_metal_launch {
 };
 struct pb_metal_op {
   const char *name, *kinds;  // as in core/registry.h
+};
+struct pb_metal_field {
+  const char *name;
+  int64_t place;
 };
 }
 
@@ -115,6 +120,60 @@ struct Recorder {
 }  // namespace
 
 extern "C" {
+
+PB_EXPORT uint64_t polybit_metal_abi() { return PB_ABI; }
+
+// Of the structures that metal.py has as well, one after another: the size, without a name, and the place of each
+// field. Then a null name.
+PB_EXPORT pb_metal_field polybit_metal_field(int64_t index) {
+#define PB_SIZE(type) {"", sizeof(type)}
+#define PB_FIELD(type, field) \
+  { \
+    #field, offsetof(type, field) \
+  }
+  static const pb_metal_field fields[] = {PB_SIZE(DLTensor),
+                                          PB_FIELD(DLTensor, data),
+                                          PB_FIELD(DLTensor, device.device_type),
+                                          PB_FIELD(DLTensor, device.device_id),
+                                          PB_FIELD(DLTensor, ndim),
+                                          PB_FIELD(DLTensor, dtype.code),
+                                          PB_FIELD(DLTensor, dtype.bits),
+                                          PB_FIELD(DLTensor, dtype.lanes),
+                                          PB_FIELD(DLTensor, shape),
+                                          PB_FIELD(DLTensor, strides),
+                                          PB_FIELD(DLTensor, byte_offset),
+                                          PB_SIZE(pb_tensor_list),
+                                          PB_FIELD(pb_tensor_list, count),
+                                          PB_FIELD(pb_tensor_list, tensors),
+                                          PB_SIZE(pb_context),
+                                          PB_FIELD(pb_context, size),
+                                          PB_FIELD(pb_context, stream),
+                                          PB_FIELD(pb_context, device_index),
+                                          PB_FIELD(pb_context, error),
+                                          PB_FIELD(pb_context, error_size),
+                                          PB_FIELD(pb_context, scratch),
+                                          PB_FIELD(pb_context, scratch_size),
+                                          PB_FIELD(pb_context, scratch_needed),
+                                          PB_FIELD(pb_context, thread_count),
+                                          PB_FIELD(pb_context, parallel_for),
+                                          PB_FIELD(pb_context, deterministic),
+                                          PB_SIZE(pb_metal_op),
+                                          PB_FIELD(pb_metal_op, name),
+                                          PB_FIELD(pb_metal_op, kinds),
+                                          PB_SIZE(pb_metal_launch),
+                                          PB_FIELD(pb_metal_launch, kernel),
+                                          PB_FIELD(pb_metal_launch, groups),
+                                          PB_FIELD(pb_metal_launch, group_dim),
+                                          PB_FIELD(pb_metal_launch, word_count),
+                                          PB_FIELD(pb_metal_launch, tensor_count),
+                                          PB_FIELD(pb_metal_launch, words),
+                                          PB_FIELD(pb_metal_launch, slots),
+                                          PB_FIELD(pb_metal_launch, tensors),
+                                          {nullptr, 0}};
+#undef PB_SIZE
+#undef PB_FIELD
+  return fields[index];
+}
 
 // The ops of this library's table, then a null name.
 PB_EXPORT pb_metal_op polybit_metal_op(int64_t index) {

@@ -8,13 +8,15 @@ the addresses of their tensors, into a buffer; the next is the kernel.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from polybit import _C
 from polybit.backends.base import Kernel, Unsupported
 
 _TENSORS = 28  # as in backends/mps/record.cpp
@@ -85,6 +87,20 @@ class _Launch(ctypes.Structure):
         ("slots", ctypes.c_uint8 * _WORDS),
         ("tensors", ctypes.c_int64 * _TENSORS),
     )
+
+
+class _Field(ctypes.Structure):
+    _fields_ = (("name", ctypes.c_char_p), ("place", ctypes.c_int64))
+
+
+def _layout() -> list[tuple[str, int]]:
+    """Sizes of structures and places of their fields, as polybit_metal_field() of the library has them."""
+    structures: tuple[type[ctypes.Structure], ...] = (_DLTensor, _TensorList, _Context, _Op, _Launch)
+    found = []
+    for structure in structures:
+        found.append(("", ctypes.sizeof(structure)))
+        found += [(name, getattr(structure, name).offset) for name, *_ in structure._fields_]
+    return found
 
 
 @dataclass(frozen=True)
@@ -161,22 +177,36 @@ class _Arguments:
         return described
 
 
+def _listed(function: Any, structure: type[ctypes.Structure]) -> Iterator[tuple[str, Any]]:
+    """What a function of the library gives for 0, 1, ...: a name and a string or number, until the name is null."""
+    function.argtypes, function.restype = (ctypes.c_int64,), structure
+    for index in itertools.count():
+        name, value = (getattr(function(index), field) for field, *_ in structure._fields_)
+        if name is None:
+            return
+        yield name.decode(), value.decode() if isinstance(value, bytes) else value
+
+
 class Recorder:
     """``libpolybit_mps``: what the launchers would launch.
 
     Raises:
         OSError: the library cannot be loaded.
+        RuntimeError: it was built for another op table, or from other structures than those above.
     """
 
     def __init__(self, path: Path) -> None:
         library = ctypes.CDLL(str(path))
-        library.polybit_metal_op.argtypes = (ctypes.c_int64,)
-        library.polybit_metal_op.restype = _Op
+        library.polybit_metal_abi.restype = ctypes.c_uint64
+        built: int = library.polybit_metal_abi()
+        if built != _C.abi:
+            raise RuntimeError(f"{path}: built for op table {built:016x}, but this polybit has {_C.abi:016x}")
+        fields = [(name.rpartition(".")[2], place) for name, place in _listed(library.polybit_metal_field, _Field)]
+        if fields != _layout():
+            raise RuntimeError(f"{path}: its structures are not those of {__name__}")
+        self.ops: list[tuple[str, str]] = list(_listed(library.polybit_metal_op, _Op))
         self._record = library.polybit_metal_record
         self._record.restype = ctypes.c_int32
-        self.ops: list[tuple[str, str]] = []
-        while (op := library.polybit_metal_op(len(self.ops))).name is not None:
-            self.ops.append((op.name.decode(), op.kinds.decode()))
 
     def launches(
         self, index: int, args: Sequence[Any], outs: Sequence[torch.Tensor], deterministic: bool
