@@ -16,7 +16,9 @@ import pytest
 import torch
 from optimizers import assert_same, make, parameter, tensors, train
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 
+from polybit.optim import state as optim_state
 from polybit.optim import windows
 from polybit.optim.state import State
 
@@ -138,3 +140,25 @@ def test_windows_are_cut_between_parameters(module: Module) -> None:
     batch: windows.Batch = [(parameter(n), {"step": 0, "state1": torch.zeros(n)}) for n in SIZES]
     parts = windows.cut(batch, 40_000, torch.device("cpu"))
     assert [[param.numel() for param, _ in part] for part in parts] == [[3000, 2000], [9000, 1000, 100], [4000]]
+
+
+@pytest.mark.parametrize("bits", (32, 8))
+def test_on_an_apple_gpu_there_is_nothing_to_page(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Paged or not, states are on the device, and no window is opened. The tensors are fake: no such device is here."""
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("mps"))
+    monkeypatch.setattr(torch, "get_device_module", None)  # where windows begin
+    monkeypatch.setattr(optim_state, "state_map", lambda _, device: torch.zeros(256, device=device))
+    with FakeTensorMode():
+        param = torch.ones(1000, 1000, device="mps")
+        paged, plain = (
+            optim_state.new_state("adam", param, bits=bits, paged=paged, folder=None) for paged in (True, False)
+        )
+        assert paged.keys() == plain.keys()
+        for name, x in plain.items():
+            mine = paged[name]
+            if isinstance(x, Tensor):
+                assert isinstance(mine, Tensor) and mine.device == x.device == param.device
+                assert (mine.dtype, mine.shape, mine.stride()) == (x.dtype, x.shape, x.stride())
+        batch = [(param, paged)]
+        (window,) = windows.staged(batch, param.device)
+        assert window is batch
