@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 from polybit import autograd as autograd  # and the derivatives of its products
 from polybit import batching as batching  # torch.func.vmap over its ops
 from polybit import nn as nn
@@ -10,7 +12,11 @@ from polybit import optim as optim
 from polybit import tensor_ops as tensor_ops  # what torch's operations do with a QTensor
 from polybit.backends import BackendError, backend, load_backend
 from polybit.formats import Format, get_format, register_format
+from polybit.integrations import register_with_transformers
 from polybit.qtensor import QTensor, quantize
+
+if TYPE_CHECKING:
+    from polybit.integrations.transformers import PolybitConfig as PolybitConfig
 
 __version__ = "0.1.0"
 
@@ -26,3 +32,13 @@ __all__ = [
     "quantize",
     "register_format",
 ]
+
+register_with_transformers()
+
+
+def __getattr__(name: str) -> Any:
+    if name == "PolybitConfig":  # needs transformers, which is optional
+        from polybit.integrations.transformers import PolybitConfig
+
+        return PolybitConfig
+    raise AttributeError(f"module 'polybit' has no attribute {name!r}")

@@ -1,6 +1,6 @@
 """Quantized modules."""
 
-from polybit.nn.convert import make_empty_, quantize_
+from polybit.nn.convert import dequantize_, make_empty_, quantize_
 from polybit.nn.counterpart import Settings, empty_counterpart, is_quantizable
 from polybit.nn.embedding import Embedding4bit, Embedding8bit, EmbeddingKbit, StableEmbedding
 from polybit.nn.linear import Linear4bit, Linear8bit, LinearKbit
@@ -16,6 +16,7 @@ __all__ = [
     "LinearKbit",
     "Settings",
     "StableEmbedding",
+    "dequantize_",
     "empty_counterpart",
     "is_quantizable",
     "make_empty_",

@@ -16,11 +16,13 @@ from polybit.nn.counterpart import (
     Settings,
     check_quantizable,
     counterpart,
+    dense_counterpart,
     dense_weight,
     empty_weight,
     is_quantizable,
 )
 from polybit.nn.linear import is_conv1d
+from polybit.nn.module import QuantizedModule
 from polybit.qtensor import KERNEL_DTYPES, QTensor
 
 M = TypeVar("M", bound=nn.Module)
@@ -133,6 +135,24 @@ def make_empty_(model: M, settings: Mapping[str, Settings]) -> M:
         raise ValueError(f"make_empty_: the model has no Linear, Conv1D or Embedding called {min(unknown)}")
     for place, wanted in _choose("make_empty_", places, lambda name, module, place: settings.get(name)):
         _replace(model, place, wanted, empty_weight(place.uses[0][1], wanted))
+    return model
+
+
+def dequantize_(model: M, dtype: torch.dtype | None = None) -> M:
+    """Replace every quantized module inside `model` by an nn.Linear or nn.Embedding of its value; return `model`.
+
+    dtype: of the weights; None: what each stands for. A weight that several modules share stays shared. The Conv1D of
+    GPT-2 becomes an nn.Linear. Raises ValueError if `model` itself is a quantized module.
+    """
+    if isinstance(model, QuantizedModule):
+        raise ValueError(f"dequantize_: the model is a {type(model).__name__} itself and cannot be replaced in place")
+    done: dict[int, nn.Parameter] = {}
+    for name, module in list(model.named_modules(remove_duplicate=False)):
+        if isinstance(module, QuantizedModule):
+            weight = module.weight
+            if id(weight) not in done:
+                done[id(weight)] = nn.Parameter(weight.dequantize().to(dtype or weight.dtype), requires_grad=False)
+            model.set_submodule(name, dense_counterpart(module, done[id(weight)]))
     return model
 
 

@@ -10,7 +10,16 @@ from torch import Tensor, nn
 
 from polybit.formats import Format, get_format
 from polybit.nn.embedding import Embedding4bit, Embedding8bit, EmbeddingKbit, check_embedding
-from polybit.nn.linear import Linear4bit, Linear8bit, LinearKbit, check_threshold, is_conv1d, transposed_weight
+from polybit.nn.linear import (
+    Linear4bit,
+    Linear8bit,
+    LinearKbit,
+    QuantizedLinear,
+    check_threshold,
+    is_conv1d,
+    transposed_weight,
+)
+from polybit.nn.module import QuantizedModule
 from polybit.qtensor import QTensor, check_block_size, quantize
 
 
@@ -88,6 +97,19 @@ def counterpart(module: nn.Module, settings: Settings, weight: QTensor) -> nn.Mo
             new = Linear8bit.from_weight(weight, bias, threshold=settings.threshold)
         else:
             new = (Linear4bit if format.bits == 4 else LinearKbit).from_weight(weight, bias)
+    return new.train(module.training)
+
+
+def dense_counterpart(module: QuantizedModule, weight: nn.Parameter) -> nn.Module:
+    """What a quantized module stands for: an nn.Linear or nn.Embedding around `weight`, with the same bias."""
+    rows, columns = weight.shape
+    new: nn.Linear | nn.Embedding
+    if isinstance(module, QuantizedLinear):
+        new = nn.Linear(columns, rows, bias=False, device="meta")
+        new.register_parameter("bias", module.bias)
+    else:
+        new = nn.Embedding(rows, columns, cast("int | None", module.padding_idx), device="meta")
+    new.weight = weight
     return new.train(module.training)
 
 

@@ -17,12 +17,14 @@ Kbit = TypeVar("Kbit", bound="LinearKbit")
 Int8 = TypeVar("Int8", bound="Linear8bit")
 
 
-class QuantizedLinear(QuantizedModule):
-    """What the quantized linear layers share: a weight [out_features, in_features] and an optional bias."""
+class QuantizedLinear(QuantizedModule, nn.Linear):
+    """What the quantized linear layers share: a weight [out_features, in_features] and an optional bias.
 
-    in_features: int
-    out_features: int
-    bias: nn.Parameter | None
+    It is an nn.Linear, so that what looks for those (adapters of PEFT) finds it.
+    """
+
+    weight: QTensor
+    bias: nn.Parameter | None  # type: ignore[assignment]
 
     def _setup(self, weight: QTensor, bias: nn.Parameter | None) -> None:
         self.out_features, self.in_features = weight.shape
@@ -58,7 +60,7 @@ class LinearKbit(QuantizedLinear):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
+        nn.Module.__init__(self)
         format = kbit_format(format, type(self).__name__, "Linear8bit")
         check_block_size(block_size)
         check_sizes(in_features=in_features, out_features=out_features)
@@ -141,7 +143,7 @@ class Linear8bit(QuantizedLinear):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
+        nn.Module.__init__(self)
         check_threshold(threshold)
         check_sizes(in_features=in_features, out_features=out_features)
         dense = nn.Linear(in_features, out_features, bias, device=device, dtype=dtype)

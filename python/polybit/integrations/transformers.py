@@ -1,0 +1,196 @@
+"""transformers: ``from_pretrained(folder, quantization_config=PolybitConfig("nf4"))``, and from such a checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.quantizers.auto import AutoHfQuantizer, register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.quantizers.quantizers_utils import should_convert_module
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from polybit import checkpoint
+from polybit.formats import Format, get_format, list_formats
+from polybit.nn import Settings, dequantize_, make_empty_, quantize_
+from polybit.nn.convert import Override, read_override
+from polybit.nn.linear import is_conv1d
+from polybit.nn.module import QuantizedModule
+from polybit.qtensor import state_name
+
+METHOD = "polybit"
+
+
+@register_quantization_config(METHOD)
+class PolybitConfig(QuantizationConfigMixin):  # type: ignore[misc]
+    """How `from_pretrained` quantizes a model; what a checkpoint's config.json records.
+
+    format, block_size, double_quant, search, threshold, skip, embeddings, overrides: as in polybit.nn.quantize_, which
+    replaces the layers. Formats are recorded by name: one of your own must be registered before the checkpoint is
+    loaded. Raises ValueError or TypeError for a setting that no layer can have, or an unknown one.
+    """
+
+    def __init__(
+        self,
+        format: str | Format = "nf4",
+        *,
+        block_size: int = 64,
+        double_quant: bool = True,
+        search: bool = False,
+        threshold: float = 6.0,
+        skip: Iterable[str] | None = None,
+        embeddings: bool = False,
+        overrides: Mapping[str, Override] | None = None,
+        quant_method: str = METHOD,
+    ) -> None:
+        if quant_method != METHOD:
+            raise ValueError(f"PolybitConfig: quant_method must be {METHOD!r}, got {quant_method!r}")
+        if isinstance(skip, str):
+            raise TypeError(f"PolybitConfig: skip must be several patterns, got the string {skip!r}")
+        base = Settings(format, block_size, double_quant, search, threshold)
+        rules = {pattern: read_override(f"overrides[{pattern!r}]", o, base) for pattern, o in (overrides or {}).items()}
+        self.quant_method = METHOD
+        self.format, self.block_size, self.double_quant = base.format, base.block_size, base.double_quant
+        self.search, self.threshold = base.search, base.threshold
+        self.skip = None if skip is None else list(skip)
+        self.embeddings = bool(embeddings)
+        self.overrides = {pattern: asdict(settings) if settings else None for pattern, settings in rules.items()}
+
+    def prepare(self, model: nn.Module) -> None:
+        """Replace the layers of `model`, on the meta device, by quantized ones without content."""
+        quantize_(model, **{name: value for name, value in self.to_dict().items() if name != "quant_method"})
+
+
+class BitsandbytesCheckpoint(PolybitConfig):
+    """How a checkpoint of bitsandbytes was quantized, by what its config.json records. It is saved as one, too."""
+
+    def __init__(self, recorded: Mapping[str, Any]) -> None:
+        if recorded.get("load_in_8bit"):
+            super().__init__("int8", threshold=recorded.get("llm_int8_threshold", 6.0))
+        else:
+            format, double_quant = recorded.get("bnb_4bit_quant_type"), recorded.get("bnb_4bit_use_double_quant")
+            super().__init__(format or "fp4", double_quant=bool(double_quant))
+        self.recorded = dict(recorded)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What the checkpoint recorded."""
+        return dict(self.recorded)
+
+    def prepare(self, model: Any) -> None:
+        """As transformers chooses layers for bitsandbytes, which is not how polybit does."""
+        skip = self.recorded.get("llm_int8_skip_modules")
+        kept = HfQuantizer.get_modules_to_not_convert(model, skip, model._keep_in_fp32_modules)
+        settings = Settings(self.format, self.block_size, self.double_quant, threshold=self.threshold)
+        linear = [name for name, module in model.named_modules() if type(module) is nn.Linear or is_conv1d(module)]
+        make_empty_(model, {name: settings for name in linear if should_convert_module(name, kept)})
+
+
+@register_quantizer(METHOD)
+class PolybitQuantizer(HfQuantizer):  # type: ignore[misc]
+    """What transformers asks while it loads, saves, compiles or trains a model that a PolybitConfig describes."""
+
+    quantization_config: PolybitConfig
+
+    def __init__(self, quantization_config: PolybitConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self.conv1d: set[str] = set()  # layers whose dense weight is stored [in, out]
+        self.parts: set[str] = set()  # what a state dict of the model has besides the weights themselves
+        # Every weight is called "weight". What belongs to it in a checkpoint, see polybit.checkpoint.
+        parts = ["absmax", "quant_map", "nested_absmax", "nested_quant_map"]
+        parts += [f"quant_state.{state_name(format)}" for format in list_formats() if format != "int8"]
+        self.serialized_names = {"weight": ["weight", *(f"weight.{part}" for part in parts), "SCB", "weight_format"]}
+
+    @property
+    def quantized_element_size(self) -> float:
+        """Bytes of an element, for maps of devices; the scales are not counted."""
+        return get_format(self.quantization_config.format).bits / 8
+
+    def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs: Any) -> bool:
+        """Whether a parameter is the weight of a quantized layer."""
+        module, _, last = param_name.rpartition(".")
+        return last == "weight" and isinstance(model.get_submodule(module), QuantizedModule)
+
+    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        """Put the quantized layers in, still without content."""
+        # transformers ties them later: until then it would seem that each layer has a weight of its own.
+        for tied, source in model.all_tied_weights_keys.items():
+            layer, _, last = tied.rpartition(".")
+            setattr(model.get_submodule(layer), last, model.get_parameter(source))
+        before = {name for name, module in model.named_modules() if is_conv1d(module)}
+        self.quantization_config.prepare(model)
+        self.conv1d = {name for name in before if isinstance(model.get_submodule(name), QuantizedModule)}
+        for name, module in model.named_modules(remove_duplicate=False):
+            if isinstance(module, QuantizedModule):
+                key = f"{name}.weight"
+                self.parts |= checkpoint.to_tensors(module.weight, key).keys() - {key}
+        return model
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        """Save as the state dict is: it has the layout of a checkpoint already."""
+        model._weight_conversions = [c for c in model._weight_conversions or [] if not _is_ours(c)]
+        return model
+
+    def _dequantize(self, model: nn.Module, dtype: torch.dtype | str | None = None) -> nn.Module:
+        dequantize_(model, getattr(torch, dtype) if isinstance(dtype, str) else dtype)
+        for name in self.conv1d:
+            _restore_conv1d(model, name)
+        return model
+
+    def get_quantize_ops(self) -> Any:
+        """The operation for a weight that comes dense."""
+        from polybit.integrations.loading import Quantize
+
+        return Quantize(self)
+
+    def get_load_operations(self) -> dict[str, Any]:
+        """The operation for a weight that comes quantized."""
+        from polybit.integrations.loading import Deserialize
+
+        return {"deserialize": Deserialize}
+
+    def is_serializable(self) -> bool:
+        """save_pretrained works."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Adapters can be trained."""
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        """The layers are traced without a graph break."""
+        return True
+
+
+def _is_ours(conversion: Any) -> bool:
+    return any(hasattr(operation, "hf_quantizer") for operation in getattr(conversion, "operations", ()))
+
+
+def _restore_conv1d(model: nn.Module, name: str) -> None:
+    from transformers.pytorch_utils import Conv1D
+
+    linear = model.get_submodule(name)
+    assert isinstance(linear, nn.Linear)
+    with torch.device("meta"):
+        conv1d = Conv1D(linear.out_features, linear.in_features)
+    conv1d.weight = nn.Parameter(linear.weight.detach().t().contiguous())
+    conv1d.bias = linear.bias
+    model.set_submodule(name, conv1d.train(linear.training))
+
+
+_merge = AutoHfQuantizer.merge_quantization_configs
+
+
+def _merge_quantization_configs(recorded: Any, asked: Any) -> Any:
+    """Let a PolybitConfig open a checkpoint of bitsandbytes, which transformers refuses as another class of config."""
+    entries = recorded if isinstance(recorded, Mapping) else recorded.to_dict()
+    if isinstance(asked, PolybitConfig) and (entries.get("load_in_4bit") or entries.get("load_in_8bit")):
+        return BitsandbytesCheckpoint(entries)
+    return _merge(recorded, asked)
+
+
+AutoHfQuantizer.merge_quantization_configs = _merge_quantization_configs
