@@ -220,8 +220,8 @@ def environment(row: Row, folder: Path) -> dict[str, str]:
 
 
 def check_backend(row: Row, folder: Path) -> None:
-    """Raise Skipped if the backend that the row forces cannot be used on this machine."""
-    name = row.env.get("POLYBIT_BACKEND", "")
+    """Raise Skipped if the backend that the row forces, the first of its list, cannot be used on this machine."""
+    name = row.env.get("POLYBIT_BACKEND", "").partition(",")[0]
     if not name:
         return
     code = "from polybit.backends import list_backends as b; print(*(f'{i.name}\\t{i.reason}' for i in b()), sep='\\n')"

@@ -11,12 +11,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from intel import require_backend
 from tools import PACKAGE, backend_param
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 SENTENCES = EXAMPLES / "sentences.txt"
 BACKENDS = [backend_param(name) for name in ("cpu", "emulator:32", "sycl:cpu")]
+APPLE = pytest.mark.skipif(not torch.backends.mps.is_available(), reason="needs an Apple GPU")
+DEMO_BACKENDS = [*BACKENDS, pytest.param("mps", marks=APPLE)]
 
 Run = Callable[[str], str]
 
@@ -25,8 +28,11 @@ def example(name: str, *options: str, backend: str, cwd: Path) -> str:
     """What an example prints. Where the backend lacks an op, or declines a case, it ends with an error."""
     if backend == "sycl:cpu":
         require_backend()
+    named = backend
+    if backend == "mps":  # for tensors of another device than the CPU; those of the CPU need a backend, too
+        named, options = "mps,cpu", (*options, "--device=mps")
     env = {key: value for key, value in os.environ.items() if not key.startswith("POLYBIT_")}
-    env |= {"POLYBIT_BACKEND": backend, "POLYBIT_FALLBACK": "error", "PYTHONPATH": str(PACKAGE.parent)}
+    env |= {"POLYBIT_BACKEND": named, "POLYBIT_FALLBACK": "error", "PYTHONPATH": str(PACKAGE.parent)}
     env |= {"OMP_NUM_THREADS": "1"}  # sums in torch's own products depend on it
     command = [sys.executable, str(EXAMPLES / name), *options]
     done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=1800, check=False)
@@ -94,7 +100,6 @@ def assert_the_same_quality(got: str, want: str) -> None:
 @pytest.fixture(scope="module")
 def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a small BERT of random weights and its tokenizer."""
-    import torch
     from tokenizers import BertWordPieceTokenizer
     from transformers import BertConfig, BertModel, BertTokenizerFast
 
@@ -117,7 +122,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory, encoder: Path) -> Run:
     return runner(tmp_path_factory, "demo.py", f"--model={encoder}", "--sentences=40")
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", DEMO_BACKENDS)
 def test_demo(demo: Run, backend: str) -> None:
     assert_the_same_quality(demo(backend), demo("cpu"))
     table = rows(demo(backend))
@@ -131,7 +136,7 @@ def real_demo(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", DEMO_BACKENDS)
 def test_demo_with_a_real_model(real_demo: Run, backend: str) -> None:
     assert_the_same_quality(real_demo(backend), real_demo("cpu"))
     assert float(rows(real_demo(backend))["NF4 + double quantization"][2]) > 0.97

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.util
 import json
@@ -17,7 +18,7 @@ from typing import Any
 import pytest
 import yaml
 from packaging.requirements import Requirement
-from tools import require_tool
+from tools import PACKAGE, require_tool
 
 from polybit.spec import OPS
 
@@ -227,6 +228,17 @@ def test_a_skip_has_its_reason_and_fails_in_ci(
     if not row.get("heavy"):
         status, out = table(program, capsys, {**row, "optional": True})
         assert status == 0 and "1 skipped" in out
+
+
+@pytest.mark.parametrize(
+    ("forced", "wrong"), (("emulator:32", ""), ("emulator:32,cpu", ""), ("gone,cpu", "backend gone,"))
+)
+def test_the_first_backend_of_a_row_must_be_there(forced: str, wrong: str, program: pytest.MonkeyPatch) -> None:
+    program.setattr(matrix, "BUILD", ROOT)  # where the interpreter starts
+    program.setattr(matrix, "environment", lambda row, folder: {**os.environ, "PYTHONPATH": str(PACKAGE.parent)})
+    row = dataclasses.replace(ROWS["macos-mps"], env={"POLYBIT_BACKEND": forced})
+    with pytest.raises(matrix.Failed, match=wrong) if wrong else contextlib.nullcontext():
+        matrix.check_backend(row, Path(sys.executable).parent)
 
 
 def test_an_unknown_row_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
