@@ -185,6 +185,43 @@ def test_info_prints_json_and_markdown() -> None:
     assert text.startswith("| op | cuda | hip |")
 
 
+def info_beside_ipex(folder: Path, version: str) -> tuple[dict[str, object] | None, str, str]:
+    """What info says as JSON, in words, and the doctor, in an interpreter that finds metadata of that version."""
+    metadata = folder / f"intel_extension_for_pytorch-{version}.dist-info" / "METADATA"
+    metadata.parent.mkdir(parents=True)
+    metadata.write_text(f"Metadata-Version: 2.1\nName: intel_extension_for_pytorch\nVersion: {version}\n")
+    # An import of it would be seen: as on a torch that it does not fit, it ends the interpreter.
+    (folder / "intel_extension_for_pytorch.py").write_text("import os\nos._exit(127)\n")
+    code = """
+import sys
+from typer.testing import CliRunner
+from polybit.cli import app, doctor
+for words in (["info", "--json"], ["info"]):
+    print(CliRunner().invoke(app, words).output, end="\\0")
+print([finding.what for finding in doctor._ipex()])
+"""
+    as_json, words, findings = run_python(code, PYTHONPATH=str(folder)).stdout.split("\0")
+    return json.loads(as_json)["ipex"], words.splitlines()[1], findings.strip()
+
+
+def test_info_warns_of_an_ipex_that_does_not_match_torch(tmp_path: Path) -> None:
+    own = torch.__version__
+    major, minor = own.split(".")[:2]
+    end = "it has reached its end of life, the way to Intel's GPUs is torch.xpu"
+    for i, version in enumerate((f"{major}.{minor}.10+xpu", f"{major}.{int(minor) + 1}.0", f"{major}.{minor}1.0")):
+        about, line, findings = info_beside_ipex(tmp_path / str(i), version)
+        note = f"{'does not match' if i else 'matches'} torch {own}; {end}"
+        assert about == {"version": version, "matches_torch": i == 0, "note": note}
+        said = f"intel-extension-for-pytorch {version} {note}"
+        assert line == ("warning: " if i else "") + said
+        assert findings == str([said] if i else [])
+
+
+def test_info_without_ipex_is_silent_about_it() -> None:
+    assert json.loads(run("info", "--json")[1])["ipex"] is None
+    assert "intel-extension" not in run("info")[1]
+
+
 @pytest.fixture
 def few_samples(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("polybit.testing.check", functools.partial(polybit.testing.check, limit=2))
@@ -405,7 +442,6 @@ def test_doctor_on_a_backend_without_its_device(monkeypatch: pytest.MonkeyPatch)
     "name, value, level, words",
     [
         ("torch.__version__", "2.5.1", "broken", "torch 2.5.1 is too old"),
-        ("version", lambda name: "2.8.0", "note", "intel-extension-for-pytorch 2.8.0 does not match"),
         ("_C.openmp_library", lambda: "", "note", "no OpenMP pool"),
         ("_C.thread_count", lambda: 1, "note", "run on 1 thread"),
     ],

@@ -6,7 +6,6 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
 from typing import Annotated, Literal
 
 import torch
@@ -16,6 +15,7 @@ from polybit import _C, backends, spec
 from polybit.backends import selection
 from polybit.backends.discovery import LIBRARY_FOLDER, family, is_test_vehicle
 from polybit.cli.common import WRONG, Json, print_json
+from polybit.cli.ipex import NAME, ipex
 
 OLDEST_TORCH = (2, 6)
 QUICK_SAMPLES = 3
@@ -110,17 +110,9 @@ def _libraries() -> Iterator[Finding]:
 
 
 def _ipex() -> Iterator[Finding]:
-    try:
-        ipex = version("intel-extension-for-pytorch")
-    except PackageNotFoundError:
-        return
-    mine = ".".join(torch.__version__.split(".")[:2])
-    if ".".join(ipex.split(".")[:2]) != mine:
-        yield Finding(
-            "note",
-            f"intel-extension-for-pytorch {ipex} does not match torch {torch.__version__}",
-            "uninstall it (it has reached its end of life; torch.xpu does without), or install the matching torch",
-        )
+    found = ipex()
+    if found and not found.matches_torch:
+        yield Finding("note", f"{NAME} {found.version} {found.note}", "uninstall it, or install the matching torch")
 
 
 CHECKS: tuple[Callable[[], Iterator[Finding]], ...] = (_torch_version, _libraries, _environment, _threads, _ipex)

@@ -16,6 +16,7 @@ from rich.table import Table
 import polybit
 from polybit import backends, spec
 from polybit.backends.discovery import family
+from polybit.cli import ipex
 from polybit.cli.common import WRONG, Json, console, print_json, stop
 
 # The native ops of every backend, "all" or a list: what a build must hold, and what the README shows.
@@ -103,12 +104,17 @@ def info(
         return
     found, table = backends.list_backends(), support()
     versions = {"polybit": polybit.__version__, "torch": torch.__version__, "python": platform.python_version()}
+    extension = ipex.ipex()
     if as_json:
         rows = [dataclasses.asdict(item) | {"rung": rung(item.name)} for item in found]
-        print_json({"versions": versions, "backends": rows, "support": table})
+        about = extension and dataclasses.asdict(extension)
+        print_json({"versions": versions, "ipex": about, "backends": rows, "support": table})
         return
     out = console()
     out.print(", ".join(f"{name} {version}" for name, version in versions.items()))
+    if extension:
+        warning = "" if extension.matches_torch else "warning: "
+        out.print(f"{warning}{ipex.NAME} {extension.version} {extension.note}", soft_wrap=True)
     view = Table("backend", "device", "native", "inherited", "reference", "rung", box=None)
     for item in found:
         if item.usable:
