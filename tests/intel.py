@@ -31,13 +31,12 @@ def require_backend() -> None:
         missing("this polybit was built without sycl:cpu: install it again now that build/sycl is there")
 
 
-def build_sycl_compile(folder: Path) -> Path:
-    """The program of tests/simt/sycl_compile.cpp, by the host's compiler."""
-    root, program = require_sycl(), folder / "sycl_compile"
-    flags = ("-std=c++17", "-Wall", "-Wextra", "-Werror", "-DSYCL_DISABLE_FSYCL_SYCLHPP_WARNING")
+def build_program(name: str, folder: Path, *options: str) -> Path:
+    """The program of tests/simt/<name>.cpp, by the host's compiler."""
+    root, program = require_sycl(), folder / name
+    flags = ("-std=c++17", "-Wall", "-Wextra", "-Werror", "-DSYCL_DISABLE_FSYCL_SYCLHPP_WARNING", *options)
     where = ("-isystem", root / "include", "-L", root / "lib", f"-Wl,-rpath,{root / 'lib'}")
-    source = SOURCES / "sycl_compile.cpp"
-    done = execute(require_tool("g++", "c++"), *flags, source, *where, "-lsycl", "-o", program)
+    done = execute(require_tool("g++", "c++"), *flags, SOURCES / f"{name}.cpp", *where, "-lsycl", "-ldl", "-o", program)
     assert done.returncode == 0, done.stdout
     return program
 

@@ -6,15 +6,16 @@ The backend sycl:cpu runs every sample in tests/test_conformance.py and every go
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from intel import SOURCES, build_sycl_compile, compile_sycl, require_backend
-from tools import run_python
+from intel import SOURCES, build_program, compile_sycl, execute, require_backend
+from tools import INCLUDE, run_python
 
 import polybit
-from polybit import spec
-from polybit.backends import BackendError, last_backend, resolve
+from polybit import ops, spec
+from polybit.backends import BackendError, discovery, last_backend, list_backends, resolve
 from polybit.spec.blockwise import noise
 from polybit.testing import check
 
@@ -25,7 +26,7 @@ SHARE = ("gather_int8", "quantize_absmax", "dequantize_kbit", "matmul_kbit", "li
 
 @pytest.fixture(scope="module")
 def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build_sycl_compile(tmp_path_factory.mktemp("sycl"))
+    return build_program("sycl_compile", tmp_path_factory.mktemp("sycl"))
 
 
 # What differs by the size of a sub-group is one constant.
@@ -106,3 +107,53 @@ for info in list_backends():
     said = run_python(code, OCL_ICD_FILENAMES="/nowhere.so", OCL_ICD_VENDORS="/nowhere").stdout.splitlines()
     assert len(said) == len(BACKENDS)
     assert all("False no CPU as a SYCL device: No device of requested type" in line for line in said), said
+
+
+def test_torch_s_queue_is_used_and_not_waited_for(tmp_path: Path) -> None:
+    """The backend sycl on USM memory and an in-order queue from outside, of the CPU as an OpenCL device: no GPU."""
+    require_backend()
+    (library,) = [info.origin for info in list_backends() if info.name == "sycl"]
+    done = execute(build_program("sycl_queue", tmp_path, f"-I{INCLUDE}"), library)
+    assert (done.returncode, done.stdout) == (0, "0 wrong\n")
+
+
+def test_the_queue_is_that_of_torch_s_current_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in for torch.xpu, which only a torch that was built for it has."""
+    queues = {torch.device("xpu", i): SimpleNamespace(sycl_queue=0x1000 + i) for i in range(2)}
+    monkeypatch.setattr("torch.xpu.current_stream", queues.__getitem__)
+    assert [ops._stream(device) for device in queues] == [0x1000, 0x1001]
+
+
+@pytest.mark.skipif(torch.xpu.is_available(), reason="there is an Intel GPU")
+def test_without_an_intel_gpu_the_probe_says_so() -> None:
+    require_backend()
+    (info,) = [info for info in list_backends() if info.name == "sycl"]
+    assert (info.device_type, info.usable) == ("xpu", False)
+    assert info.reason.startswith("no Intel GPU"), info.reason
+    with pytest.raises(BackendError, match="no Intel GPU"):
+        polybit.backend("sycl").__enter__()
+
+
+@pytest.mark.parametrize(
+    "version, built, chosen",
+    [
+        (None, "9", "9"),
+        (None, "8 9", "9"),
+        (None, "10 9", "10"),
+        ("20250302", "8 9", "8"),
+        ("20260930", "8 9", "9"),
+        ("20260930", "8", "wants libsycl.so.9; this polybit was built for 8"),
+        ("20240200", "8 9", "wants a libsycl that polybit does not know; this polybit was built for 8, 9"),
+    ],
+)
+def test_the_library_is_that_of_torch_s_oneapi(
+    version: str | None, built: str, chosen: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for major in built.split():
+        (tmp_path / f"libpolybit_sycl.{major}.so").write_text("no library")
+    monkeypatch.setattr("torch.version.xpu", version)
+    monkeypatch.setattr(discovery, "LIBRARY_FOLDER", tmp_path)
+    found = discovery.Catalogue()
+    found.discover(discovery.automatic_families("xpu"))
+    (reason,) = [info.reason for info in found.failures if "libpolybit_sycl" in info.origin]
+    assert chosen in reason if chosen.startswith("wants") else f"libpolybit_sycl.{chosen}.so" in reason

@@ -1,5 +1,6 @@
-// The backends sycl:cpu, sycl:cpu:8 and sycl:cpu:32: the kernels of core/kernels as SYCL on CPU tensors, compiled by
-// DPC++ and run by Intel's OpenCL device for the CPU. For tests only, and so never chosen by themselves.
+// The kernels of core/kernels as SYCL, compiled by DPC++ when they are first launched. The backend sycl is for tensors
+// of torch.xpu; sycl:cpu, sycl:cpu:8 and sycl:cpu:32 are for CPU tensors, run by Intel's OpenCL device for the CPU: for
+// tests only, and so never chosen by themselves.
 #include "device.h"
 #include "../../core/simt/sycl.h"
 #include "../../core/launch/table.h"
@@ -18,6 +19,72 @@ struct Entry;
   };
 #include "../../core/kernels/entries.def"
 
+// What `run` throws is the error of the op.
+template <class K, class Run>
+pb_status launched(pb_context *ctx, int64_t groups, const Run &run) {
+  static_assert(sizeof(typename K::Args) <= PB_ARGUMENT_BYTES, "what a launch can carry");
+  if (groups == 0) return PB_OK;
+  if (groups > 0x7fffffff)  // DPC++ takes it that a group's number is an int
+    return fail(ctx, PB_UNSUPPORTED, "too large for one launch: %lld groups", static_cast<long long>(groups));
+  try {
+    return run();
+  } catch (const std::exception &error) {
+    return fail(ctx, PB_ERROR, "%s: %s", Entry<K>::name, error.what());
+  }
+}
+
+template <class K>
+void enqueue(sycl::queue &queue, uint32_t width, int64_t groups, uint32_t group_dim, const typename K::Args &args) {
+  pb::sycl_device::enqueue(queue, {Entry<K>::name, Entry<K>::type, width, sizeof(typename K::Local)},
+                           {groups, group_dim, &args, sizeof args});
+}
+
+// What `reason` returns or throws is why the device cannot be used; "": it can.
+template <class Reason>
+int64_t probe(char *error, uint64_t size, const char *none, const Reason &reason) {
+  pb_context ctx = {};
+  ctx.error = error;
+  ctx.error_size = size;
+  try {
+    const std::string why = reason();
+    if (why.empty()) return 1;
+    fail(&ctx, PB_UNSUPPORTED, "%s", why.c_str());
+  } catch (const std::exception &exception) {
+    fail(&ctx, PB_UNSUPPORTED, "%s: %s", none, exception.what());
+  }
+  return 0;
+}
+
+// The context's stream is torch's queue. Kernels of a queue that is in order, as torch's are, run one after another.
+struct Gpu {
+  typedef pb::LaneTiles Tiles;
+  static sycl::queue *queue(pb_context *ctx) { return static_cast<sycl::queue *>(ctx->stream); }
+  static uint32_t width(pb_context *ctx) {
+    return ctx->stream ? pb::sycl_device::sub_group_size(queue(ctx)->get_device()) : 16;
+  }
+
+  template <class K>
+  static pb_status launch(pb_context *ctx, int64_t groups, uint32_t group_dim, const typename K::Args &args) {
+    return launched<K>(ctx, groups, [&]() -> pb_status {
+      if (!ctx->stream) return fail(ctx, PB_ERROR, "no SYCL queue was given");
+      if (!queue(ctx)->is_in_order()) return fail(ctx, PB_UNSUPPORTED, "the SYCL queue is not in order");
+      enqueue<K>(*queue(ctx), width(ctx), groups, group_dim, args);
+      return PB_OK;
+    });
+  }
+
+  static int64_t probe(char *error, uint64_t size) {
+    return ::probe(error, size, "no Intel GPU", [] {
+      std::string reason = "no Intel GPU: Level Zero has none";
+      for (const sycl::device &device : pb::sycl_device::gpus()) {
+        reason = pb::sycl_device::unfit(device, pb::sycl_device::sub_group_size(device));
+        if (reason.empty()) break;
+      }
+      return reason;
+    });
+  }
+};
+
 // Tensors are in memory that the OpenCL device reads and writes where it is, and a launch is complete when it returns.
 template <uint32_t WIDTH>
 struct Cpu {
@@ -27,36 +94,22 @@ struct Cpu {
 
   template <class K>
   static pb_status launch(pb_context *ctx, int64_t groups, uint32_t group_dim, const typename K::Args &args) {
-    static_assert(sizeof args <= PB_ARGUMENT_BYTES, "what a launch can carry");
-    if (groups == 0) return PB_OK;
-    if (groups > 0x7fffffff)  // DPC++ takes it that a group's number is an int
-      return fail(ctx, PB_UNSUPPORTED, "too large for one launch: %lld groups", static_cast<long long>(groups));
-    try {
+    return launched<K>(ctx, groups, [&]() -> pb_status {
       sycl::queue &queue = pb::sycl_device::cpu_queue();
-      pb::sycl_device::enqueue(queue, {Entry<K>::name, Entry<K>::type, WIDTH, sizeof(typename K::Local)},
-                               {groups, group_dim, &args, sizeof args});
+      enqueue<K>(queue, WIDTH, groups, group_dim, args);
       queue.wait_and_throw();
       return PB_OK;
-    } catch (const std::exception &error) {
-      return fail(ctx, PB_ERROR, "%s: %s", Entry<K>::name, error.what());
-    }
+    });
   }
 
   static int64_t probe(char *error, uint64_t size) {
-    pb_context ctx = {};
-    ctx.error = error;
-    ctx.error_size = size;
-    try {
+    return ::probe(error, size, "no CPU as a SYCL device", [] {
       const sycl::device device = pb::sycl_device::cpu_queue().get_device();
       std::string reason = pb::sycl_device::unfit(device, WIDTH);
       if (reason.empty() && !device.has(sycl::aspect::usm_system_allocations))
         reason = "its OpenCL device does not read the memory of the process";
-      if (reason.empty()) return 1;
-      fail(&ctx, PB_UNSUPPORTED, "%s", reason.c_str());
-    } catch (const std::exception &exception) {
-      fail(&ctx, PB_UNSUPPORTED, "no CPU as a SYCL device: %s", exception.what());
-    }
-    return 0;
+      return reason;
+    });
   }
 };
 
@@ -65,7 +118,8 @@ constexpr pb_backend cpu(const char *name) {
   return pb::launch::table<Cpu<WIDTH>>(name, kDLCPU, Cpu<WIDTH>::probe);
 }
 
-constexpr pb_backend backends[] = {cpu<16>("sycl:cpu"), cpu<8>("sycl:cpu:8"), cpu<32>("sycl:cpu:32")};
+constexpr pb_backend backends[] = {pb::launch::table<Gpu>("sycl", kDLOneAPI, Gpu::probe), cpu<16>("sycl:cpu"),
+                                   cpu<8>("sycl:cpu:8"), cpu<32>("sycl:cpu:32")};
 
 }  // namespace
 

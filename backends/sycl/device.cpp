@@ -9,6 +9,7 @@
 #include <mutex>
 #include <stdexcept>
 #include <tuple>
+#include <unordered_map>
 #include <utility>
 
 namespace pb {
@@ -33,37 +34,39 @@ void tell_opencl_of_the_cpu() {
   if (access(driver.c_str(), R_OK) == 0) setenv("OCL_ICD_FILENAMES", driver.c_str(), 0);
 }
 
-sycl::kernel compile(const sycl::context &context, const Kernel &kernel) {
+sycl::kernel compile(const sycl::queue &queue, const Kernel &kernel) {
   const std::string entry = std::string("PB_SYCL_ENTRY(") + kernel.name + ", " + kernel.type + ")\n";
   ex::include_files files;
   for (const auto &header : headers) files.add(header.first, header.second);
-  auto text = ex::create_kernel_bundle_from_source(context, ex::source_language::sycl,
+  auto text = ex::create_kernel_bundle_from_source(queue.get_context(), ex::source_language::sycl,
                                                    "#include \"simt/sycl.h\"\n#include \"kernels/kernels.h\"\n" + entry,
                                                    ex::properties{files});
   std::vector<std::string> words(std::begin(options), std::end(options));
   words.push_back("-DPB_SUB_GROUP=" + std::to_string(kernel.width));
   std::string log;
   try {
-    return ex::build(text, ex::properties{ex::build_options{words}, ex::save_log{&log}})
+    return ex::build(text, {queue.get_device()}, ex::properties{ex::build_options{words}, ex::save_log{&log}})
         .ext_oneapi_get_kernel(kernel.name);
   } catch (const std::exception &error) {
     throw std::runtime_error(std::string(error.what()) + "\n" + log);
   }
 }
 
-// Those of a process; an entry is made once, whichever thread asks first.
+// Those of a process; an entry is made once, whichever thread asks first. A kernel keeps its context and device, so no
+// other one gets their hashes.
 class Kernels {
  public:
-  sycl::kernel get(const sycl::context &context, const Kernel &kernel) {
+  sycl::kernel get(const sycl::queue &queue, const Kernel &kernel) {
     const std::lock_guard<std::mutex> lock(mutex_);
-    const Key key = {std::hash<sycl::context>()(context), kernel.width, kernel.name};
+    const Key key = {std::hash<sycl::context>()(queue.get_context()), std::hash<sycl::device>()(queue.get_device()),
+                     kernel.width, kernel.name};
     const auto found = made_.find(key);
     if (found != made_.end()) return found->second;
-    return made_.emplace(key, compile(context, kernel)).first->second;
+    return made_.emplace(key, compile(queue, kernel)).first->second;
   }
 
  private:
-  typedef std::tuple<size_t, uint32_t, std::string> Key;
+  typedef std::tuple<size_t, size_t, uint32_t, std::string> Key;
   std::mutex mutex_;
   std::map<Key, sycl::kernel> made_;
 };
@@ -83,6 +86,25 @@ sycl::queue &cpu_queue() {
   return *queue;
 }
 
+std::vector<sycl::device> gpus() {
+  tell_opencl_of_the_cpu();  // OpenCL, too, looks for its devices now, and never again
+  std::vector<sycl::device> found;
+  for (const sycl::device &device : sycl::device::get_devices(sycl::info::device_type::gpu))
+    if (device.get_backend() == sycl::backend::ext_oneapi_level_zero) found.push_back(device);
+  return found;
+}
+
+uint32_t sub_group_size(const sycl::device &device) {
+  static std::mutex *mutex = new std::mutex;
+  static auto *known = new std::unordered_map<sycl::device, uint32_t>;
+  const std::lock_guard<std::mutex> lock(*mutex);
+  const auto found = known->find(device);
+  if (found != known->end()) return found->second;
+  const auto widths = device.get_info<sycl::info::device::sub_group_sizes>();
+  const uint32_t width = std::find(widths.begin(), widths.end(), 16) != widths.end() ? 16 : 32;
+  return known->emplace(device, width).first->second;
+}
+
 std::string unfit(sycl::device device, uint32_t width) {
   const auto widths = device.get_info<sycl::info::device::sub_group_sizes>();
   if (std::find(widths.begin(), widths.end(), width) == widths.end())
@@ -92,7 +114,7 @@ std::string unfit(sycl::device device, uint32_t width) {
 }
 
 void enqueue(sycl::queue &queue, const Kernel &kernel, const Launch &launch) {
-  const sycl::kernel compiled = kernels().get(queue.get_context(), kernel);
+  const sycl::kernel compiled = kernels().get(queue, kernel);
   const size_t threads = launch.group_dim;
   queue.submit([&](sycl::handler &handler) {
     handler.set_arg(0, ex::raw_kernel_arg(launch.args, launch.args_bytes));

@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <string>
 #include <sycl/sycl.hpp>
+#include <vector>
 
 namespace pb {
 namespace sycl_device {
@@ -27,10 +28,16 @@ struct Launch {
 // The in-order queue of the CPU as an OpenCL device. Throws if there is none.
 sycl::queue &cpu_queue();
 
+// Intel's GPUs, as torch sees them: by Level Zero.
+std::vector<sycl::device> gpus();
+
+// The size of sub-groups that kernels get on a device: 16, which all of Intel's GPUs have, else 32.
+uint32_t sub_group_size(const sycl::device &device);
+
 // Why a device cannot run kernels with sub-groups of `width`, or "".
 std::string unfit(sycl::device device, uint32_t width);
 
-// Enqueues; does not wait. Throws what SYCL throws, the compiler's log in it.
+// Enqueues; does not wait. The arguments are copied. Throws what SYCL throws, the compiler's log in it.
 void enqueue(sycl::queue &queue, const Kernel &kernel, const Launch &launch);
 
 }  // namespace sycl_device

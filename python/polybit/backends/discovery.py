@@ -6,6 +6,7 @@ A source that fails is recorded with its reason and skipped: it never breaks ``i
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from polybit.backends.native import load_library
 
 ENTRY_POINT_GROUP = "polybit.backends"
 LIBRARY_FOLDER = Path(__file__).parent.parent / "lib"
+SYCL_OF_ONEAPI = {"2025": "8", "2026": "9"}  # the major version of libsycl, by the year of oneAPI
 
 
 def automatic_families(device_type: str) -> tuple[str, ...]:
@@ -45,6 +47,30 @@ def answers(name: str, wanted: str) -> bool:
     return name == wanted or variant
 
 
+def libraries(name: str) -> list[Path]:
+    """Those of a family that lie beside the package."""
+    return sorted(LIBRARY_FOLDER.glob(f"libpolybit_{name}.*"))
+
+
+def sycl_library() -> Path:
+    """The one for the libsycl of this torch, as a process cannot have two; for a torch without SYCL the newest.
+
+    ``torch.version.xpu`` is the version of the compiler: ``20250302`` is of oneAPI 2025.
+
+    Raises:
+        BackendError: there is none for it.
+    """
+    found = {path.name.split(".")[1]: path for path in libraries("sycl")}
+    version = getattr(torch.version, "xpu", None)
+    if not version:
+        return found[max(found, key=int)]
+    wanted = SYCL_OF_ONEAPI.get(version[:4])
+    if wanted not in found:
+        wants = f"wants libsycl.so.{wanted}" if wanted else "wants a libsycl that polybit does not know"
+        raise BackendError(f"torch (oneAPI {version}) {wants}; this polybit was built for {', '.join(sorted(found))}")
+    return found[wanted]
+
+
 class Catalogue:
     """All known backends, in order of preference, and what could not be loaded."""
 
@@ -59,7 +85,10 @@ class Catalogue:
         """Load the libraries of these families, then the entry points; each source once."""
         with self._lock:
             for name in families:
-                for path in sorted(LIBRARY_FOLDER.glob(f"libpolybit_{name}.*")):
+                if name == "sycl" and libraries(name):
+                    self._try(str(LIBRARY_FOLDER / "libpolybit_sycl"), sycl_library)
+                    continue
+                for path in libraries(name):
                     self._try(str(path), path)
             for entry in entry_points(group=ENTRY_POINT_GROUP):
                 self._try(f"entry point {entry.name}", entry)
@@ -81,7 +110,7 @@ class Catalogue:
             self.version += 1
             return [backend.name for backend in backends]
 
-    def _try(self, origin: str, source: Path | EntryPoint) -> None:
+    def _try(self, origin: str, source: Path | EntryPoint | Callable[[], Path]) -> None:
         if origin in self._tried:
             return
         self._tried.add(origin)
