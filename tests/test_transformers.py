@@ -251,6 +251,18 @@ def test_checkpoints_of_bitsandbytes(dense: dict[str, tuple[Any, Path]], tmp_pat
     assert recorded[0] == recorded[1] and recorded[0]["quant_method"] == "bitsandbytes"
 
 
+def test_device_map(dense: dict[str, tuple[Any, Path]], tmp_path: Path) -> None:
+    model, folder = dense["llama"]
+    want = logits(load(model, folder, quantization_config=PolybitConfig()))
+    for device_map in ("auto", {"": "cpu"}):
+        loaded = load(model, folder, quantization_config=PolybitConfig(), device_map=device_map)
+        assert torch.equal(logits(loaded), want)
+        loaded.save_pretrained(tmp_path)
+        assert torch.equal(logits(load(model, tmp_path, device_map=device_map)), want)
+    with pytest.raises(ValueError, match="cannot be offloaded to a disk"):
+        load(model, tmp_path, device_map={"": "cpu", "model.layers.1": "disk"}, offload_folder=tmp_path / "offload")
+
+
 def test_what_does_not_fit_is_said(
     dense: dict[str, tuple[Any, Path]], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

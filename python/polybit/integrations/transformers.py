@@ -103,6 +103,11 @@ class PolybitQuantizer(HfQuantizer):  # type: ignore[misc]
         parts += [f"quant_state.{state_name(format)}" for format in list_formats() if format != "int8"]
         self.serialized_names = {"weight": ["weight", *(f"weight.{part}" for part in parts), "SCB", "weight_format"]}
 
+    def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
+        """Raise ValueError for a map of devices that offloads layers to a disk."""
+        if isinstance(device_map, Mapping) and "disk" in device_map.values():
+            raise ValueError("PolybitConfig: quantized layers cannot be offloaded to a disk; leave it out of device_map")
+
     @property
     def quantized_element_size(self) -> float:
         """Bytes of an element, for maps of devices; the scales are not counted."""
