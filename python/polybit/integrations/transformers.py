@@ -106,7 +106,7 @@ class PolybitQuantizer(HfQuantizer):  # type: ignore[misc]
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
         """Raise ValueError for a map of devices that offloads layers to a disk."""
         if isinstance(device_map, Mapping) and "disk" in device_map.values():
-            raise ValueError("PolybitConfig: quantized layers cannot be offloaded to a disk; leave it out of device_map")
+            raise ValueError("PolybitConfig: quantized layers cannot be offloaded; device_map must not name a disk")
 
     @property
     def quantized_element_size(self) -> float:

@@ -181,6 +181,10 @@ def cases() -> Iterator[tuple[str, int, int, int, str, int, bool, torch.dtype]]:
     yield "empty-k", 3, 5, 0, "nf4", 64, False, torch.float32
     yield "empty-n", 3, 0, 64, "nf4", 64, False, torch.float32
     yield "large", 9, 300, 1088, "nf4", 64, True, torch.bfloat16
+    # Rows that end one before a unit of eight, and in which a block does; rows of units, of which the last is half a
+    # unit of sixteen.
+    for k in (7, 9, 24):
+        yield f"units-{k}", 12, 2, k, "nf4", 16, False, torch.float32
 
 
 def shards() -> Iterator[tuple[str, tuple[Any, ...], int, int, tuple[int, int, int, int]]]:
