@@ -16,6 +16,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import peft
 import transformers
 
+import polybit
 from polybit import PolybitConfig
 from polybit.nn.module import QuantizedModule
 
@@ -133,3 +134,30 @@ def test_training_beside_evaluation(folder: Path) -> None:
                 logits(model)
     assert losses[True] == losses[False]
     assert losses[True][-1] < 0.9 * losses[True][0]
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing` is deprecated", "ignore:`is_gradient_checkpointing`")
+@pytest.mark.parametrize("optimizer", (polybit.optim.PagedAdamW8bit, polybit.optim.Lion8bit))
+def test_trainer(folder: Path, tmp_path: Path, optimizer: type[torch.optim.Optimizer]) -> None:
+    """With our optimizers: the same losses with and without evaluation, and after a resumed training."""
+    data = [{"input_ids": row, "labels": row} for row in torch.arange(64 * 12).view(64, 12) * 7 % 200]
+    losses = {}
+    for strategy in ("no", "steps"):
+        torch.manual_seed(6)
+        model = peft.get_peft_model(load(folder, "nf4"), peft.LoraConfig(r=4, **WHERE))
+        arguments = transformers.TrainingArguments(
+            str(tmp_path / strategy), max_steps=8, per_device_train_batch_size=8, learning_rate=1e-2, logging_steps=1,
+            eval_strategy=strategy, eval_steps=3, save_steps=4, use_cpu=True, report_to=[], disable_tqdm=True, seed=1,
+        )  # fmt: skip
+        trainer = transformers.Trainer(
+            model,
+            arguments,
+            train_dataset=data,
+            eval_dataset=data[:8],
+            optimizer_cls_and_kwargs=(optimizer, {"lr": 1e-2}),
+        )
+        trainer.train()
+        losses[strategy] = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        trainer.train(resume_from_checkpoint=str(tmp_path / strategy / "checkpoint-4"))
+        losses[f"{strategy}, resumed"] = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert len(losses["no"]) == 8 and all(found == losses["no"] for found in losses.values()), losses
