@@ -69,6 +69,15 @@ build/sycl/made: requirements-sycl.txt | $(VENV)/created
 	rm -rf build/sycl
 	-$(PIP) install --quiet --no-deps --ignore-installed --prefix build/sycl -r $< && touch $@
 
+# Intel's compiler for its GPUs, from SPIR-V: Debian 12's or Ubuntu's packages with what they need but the C and C++
+# libraries, unpacked, not installed.
+build/ocloc/made:
+	rm -rf build/ocloc && mkdir -p build/ocloc
+	-cd build/ocloc && apt-get -qq -oAPT::Sandbox::User=root download $$(apt-cache depends --recurse --no-recommends \
+	    --no-suggests --no-conflicts --no-breaks --no-replaces --no-enhances intel-opencl-icd | \
+	    grep -E '^[a-z]' | grep -vE '^(libc6|libgcc-s1|libstdc\+\+6|gcc-.*-base)$$') && \
+	  for package in *.deb; do dpkg-deb --extract $$package . || exit; done && rm *.deb && touch made
+
 demo: $(VENV)/package $(VENV)/tools
 	POLYBIT_FALLBACK=error $(BIN)/python examples/demo.py
 
@@ -85,11 +94,11 @@ build/documentation:
 	  for package in *.deb; do dpkg-deb --extract $$package .; done && rm *.deb
 	mv $@.part $@
 
-test: build/sycl/made $(VENV)/package $(VENV)/tools $(VENV)/nvcc build/rocm/made
+test: build/sycl/made build/ocloc/made $(VENV)/package $(VENV)/tools $(VENV)/nvcc build/rocm/made
 	$(PYTEST) -m "alone and not slow"
 	$(PYTEST) $(PARALLEL) -m "not alone and not slow"
 
-test-all: build/sycl/made $(VENV)/package $(VENV)/tools $(VENV)/nvcc build/rocm/made
+test-all: build/sycl/made build/ocloc/made $(VENV)/package $(VENV)/tools $(VENV)/nvcc build/rocm/made
 	$(PYTEST) -m alone
 	$(PYTEST) $(PARALLEL) -m "not alone"
 

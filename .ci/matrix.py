@@ -246,7 +246,7 @@ def run_row(row: Row) -> Result:
         if row.make:
             said.append(
                 run(
-                    ["make", "--no-print-directory", f"PYTHON={find_python(row.python)}", row.make],
+                    ["make", "--no-print-directory", f"PYTHON={find_python(row.python)}", *row.make.split()],
                     log,
                     {**os.environ, **row.env},
                 )

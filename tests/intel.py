@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
+import struct
 import subprocess
 from pathlib import Path
+from typing import Any
 
+import yaml
 from tools import missing, require_tool
 
 from polybit.backends import list_backends
@@ -13,6 +17,7 @@ from polybit.backends import list_backends
 ROOT = Path(__file__).parent.parent
 SOURCES = ROOT / "tests" / "simt"
 FOLDER = ROOT / "build" / "sycl"  # what requirements-sycl.txt names
+OCLOC = ROOT / "build" / "ocloc"
 # Not contracted, and correctly rounded, as core/simt/sycl.h asks for.
 OPTIONS = (f"-I{ROOT}", "-ffp-contract=off", "-foffload-fp32-prec-div", "-foffload-fp32-prec-sqrt", "-Wall", "-Werror")
 
@@ -41,13 +46,15 @@ def build_program(name: str, folder: Path, *options: str) -> Path:
     return program
 
 
-def execute(*command: str | Path) -> subprocess.CompletedProcess[str]:
-    """Run a command with Intel's libraries, its stderr in its stdout."""
-    lib = require_sycl() / "lib"
+def execute(
+    *command: str | Path, lib: Path = FOLDER / "lib", cwd: Path | None = None, **more: str
+) -> subprocess.CompletedProcess[str]:
+    """Run a command with Intel's libraries, its stderr in its stdout; `more`: environment."""
     # The wheel's own list of OpenCL devices names another folder.
-    env = {"LD_LIBRARY_PATH": str(lib), "OCL_ICD_FILENAMES": str(lib / "libintelocl.so")}
+    env = {"LD_LIBRARY_PATH": str(lib), "OCL_ICD_FILENAMES": str(lib / "libintelocl.so"), **more}
     return subprocess.run(
         [str(word) for word in command],
+        cwd=cwd,
         env={**os.environ, **env},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -60,3 +67,55 @@ def execute(*command: str | Path) -> subprocess.CompletedProcess[str]:
 def compile_sycl(program: Path, source: Path, sub_group: int, *options: str) -> subprocess.CompletedProcess[str]:
     """Compile every entry point of a source file to SPIR-V."""
     return execute(program, source, *OPTIONS, f"-DPB_SUB_GROUP={sub_group}", *options)
+
+
+def require_ocloc() -> Path:
+    """The folder with usr/bin/ocloc."""
+    if not (OCLOC / "usr/bin/ocloc").exists():
+        missing(f"no ocloc in {OCLOC}: make build/ocloc/made, which needs Debian's or Ubuntu's apt and the network")
+    return OCLOC
+
+
+def entries() -> dict[str, str]:
+    """The type of every kernel of core/kernels/entries.def, by the name of its entry point."""
+    macro = "-DPB_ENTRY(name, ...)=@name|__VA_ARGS__@"
+    source = ROOT / "core" / "kernels" / "entries.def"
+    done = execute(require_tool("g++", "c++"), "-E", "-P", "-x", "c++", macro, source)
+    assert done.returncode == 0, done.stdout
+    return dict(re.findall(r"@\s*(\w+)\s*\|\s*(.*?)\s*@", done.stdout))
+
+
+def to_spirv(program: Path, entry: str, type: str, folder: Path) -> Path:
+    """SPIR-V of one kernel, in a module of its own as the backend compiles it."""
+    source = folder / "kernel.cpp"
+    includes = '#include "core/simt/sycl.h"\n#include "core/kernels/kernels.h"\n'
+    source.write_text(f"{includes}PB_SYCL_ENTRY({entry}, {type})\n")
+    done = execute(program, source, *OPTIONS, "-DPB_SUB_GROUP=16", cwd=folder, SYCL_DUMP_IMAGES="1")
+    assert (done.returncode, done.stdout) == (0, "")
+    return folder / "sycl_spir64_1.spv"  # the one before has no entry point yet
+
+
+def lower(spirv: Path, device: str) -> dict[str, Any]:
+    """What Intel's compiler notes of the only kernel in a module, on one of its GPUs."""
+    root, out = require_ocloc(), spirv.with_suffix(f".{device}")
+    where = ("-output", out.name, "-out_dir", out.parent, "-output_no_suffix")
+    command = (root / "usr/bin/ocloc", "compile", "-spirv_input", "-file", spirv, "-device", device, *where)
+    done = execute(*command, "--format", "zebin", lib=root / "usr/lib/x86_64-linux-gnu")
+    assert done.returncode == 0 and "Build succeeded." in done.stdout, done.stdout
+    (kernel,) = [row for row in section(out.read_bytes(), ".ze_info")["kernels"] if row["name"].startswith("__sycl")]
+    return dict(kernel)
+
+
+def section(elf: bytes, name: str) -> Any:
+    """The YAML in a section of a 64-bit ELF file."""
+    (headers,) = struct.unpack_from("<Q", elf, 40)
+    count, of_names = struct.unpack_from("<HH", elf, 60)
+    rows = [struct.unpack_from("<II4Q", elf, headers + 64 * i) for i in range(count)]  # name, type, flags, address ...
+    names = rows[of_names][4]
+    (row,) = [row for row in rows if elf[names + row[0] :].startswith(name.encode() + b"\0")]
+    return yaml.safe_load(elf[row[4] : row[4] + row[5]])
+
+
+def memory_of(kernel: dict[str, Any]) -> dict[str, int]:
+    """Bytes outside the registers by use: spills for a hardware thread, private memory for one of ours."""
+    return {row["usage"]: row["size"] for row in kernel.get("per_thread_memory_buffers", ())}

@@ -5,12 +5,24 @@ The backend sycl:cpu runs every sample in tests/test_conformance.py and every go
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from intel import SOURCES, build_program, compile_sycl, execute, require_backend
+from intel import (
+    SOURCES,
+    build_program,
+    compile_sycl,
+    entries,
+    execute,
+    lower,
+    memory_of,
+    require_backend,
+    require_ocloc,
+    to_spirv,
+)
 from tools import INCLUDE, run_python
 
 import polybit
@@ -19,6 +31,9 @@ from polybit.backends import BackendError, discovery, last_backend, list_backend
 from polybit.spec.blockwise import noise
 from polybit.testing import check
 
+# Of every kernel, the devices on which Debian 12's IGC (1.0.12504) needs memory beyond 128 registers: it spills, or
+# copies arguments that are indexed by a variable.
+OUTSIDE_REGISTERS: dict[str, list[str]] = json.loads((SOURCES / "intel.json").read_text())
 BACKENDS = ("sycl:cpu", "sycl:cpu:8", "sycl:cpu:32")
 # An op of each header of core/kernels; every kernel takes more than a second to compile.
 SHARE = ("gather_int8", "quantize_absmax", "dequantize_kbit", "matmul_kbit", "linear_int8", "optimizer_8bit")
@@ -45,6 +60,30 @@ def test_an_error_is_reported_with_its_place(program: Path, tmp_path: Path) -> N
     assert ":2:" in done.stdout and "error: no viable conversion from returned value of type 'U4'" in done.stdout
     narrow = compile_sycl(program, source, 4)
     assert narrow.returncode == 1 and "the kernels are for waves of 8, 16, 32, 64" in narrow.stdout
+
+
+LOWERED = (
+    *("quantize_kbit4_fp32", "quantize_absmax", "quantize_blockwise_fp16", "gather_int8_fp16", "dequantize_kbit_bf16"),
+    *("matmul_kbit_fp16", "gemv_kbit_1_fp16", "matmul_linear_int8_fp16", "optimizer_8bit_adam", "sum_chunks"),
+)
+
+
+def test_every_kernel_is_listed_for_intel_s_compiler() -> None:
+    assert list(OUTSIDE_REGISTERS) == list(entries())
+
+
+@pytest.mark.parametrize(
+    "entry", [pytest.param(name, marks=() if name in LOWERED else pytest.mark.slow) for name in OUTSIDE_REGISTERS]
+)
+def test_intel_s_compiler_lowers_a_kernel(program: Path, tmp_path: Path, entry: str) -> None:
+    """Each in a module of its own, as at run time. Nothing is run."""
+    require_ocloc()
+    spirv = to_spirv(program, entry, entries()[entry], tmp_path)
+    for device in ("pvc", "dg2"):
+        kernel = lower(spirv, device)
+        assert kernel["name"] == f"__sycl_kernel_{entry}"
+        assert kernel["execution_env"]["simd_size"] == 16
+        assert device in OUTSIDE_REGISTERS[entry] or memory_of(kernel) == {}, device
 
 
 @pytest.mark.parametrize("op", SHARE)

@@ -98,7 +98,8 @@ struct Wave {
 
 // An entry point of a kernel: a free function, because run-time compilation finds no other. Its parameters are the
 // kernel's arguments, by value, and an accessor to one Local; each in a type that can be declared by its name alone,
-// which DPC++ wants of them.
+// which DPC++ wants of them. Always inlined: the kernel that DPC++ makes would call it, and Intel's GPUs call through a
+// stack in memory, with a copy of the arguments there.
 #define PB_SYCL_PROPERTY(property) SYCL_EXT_ONEAPI_FUNCTION_PROPERTY((sycl::ext::oneapi::experimental::property))
 #define PB_SYCL_ENTRY(name, ...) \
   typedef __VA_ARGS__ name##_kernel; \
@@ -108,7 +109,7 @@ struct Wave {
   struct name##_local { \
     name##_kernel::Local local; \
   }; \
-  extern "C" SYCL_EXTERNAL PB_SYCL_PROPERTY(nd_range_kernel<1>) PB_SYCL_PROPERTY( \
+  extern "C" __attribute__((always_inline)) SYCL_EXTERNAL PB_SYCL_PROPERTY(nd_range_kernel<1>) PB_SYCL_PROPERTY( \
       sub_group_size<PB_SUB_GROUP>) void name(name##_args a, sycl::local_accessor<name##_local, 1> l) { \
     name##_kernel::run(pb::Wave{sycl::ext::oneapi::this_work_item::get_nd_item<1>()}, &l[0].local, a.args); \
   }
