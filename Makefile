@@ -42,7 +42,7 @@ CUDA := $(if $(wildcard /dev/nvidia0 /dev/dxg),AUTO,OFF)
 
 # With SYCL on the CPU where its compiler has been fetched, as for the tests.
 $(VENV)/package: $(SOURCES) constraints.txt $(VENV)/created $(wildcard build/sycl/made)
-	$(PIP) install -c constraints.txt -C cmake.define.POLYBIT_CUDA=$(CUDA) .
+	$(PIP) install -c constraints.txt --config-settings=cmake.define.POLYBIT_CUDA=$(CUDA) .
 	touch $@
 
 # The last line's packages ask for other torch or transformers versions than they need here.
