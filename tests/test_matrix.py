@@ -230,9 +230,7 @@ def test_a_skip_has_its_reason_and_fails_in_ci(
         assert status == 0 and "1 skipped" in out
 
 
-@pytest.mark.parametrize(
-    ("forced", "wrong"), (("emulator:32", ""), ("emulator:32,cpu", ""), ("gone,cpu", "backend gone,"))
-)
+@pytest.mark.parametrize(("forced", "wrong"), (("emulator:32,cpu", ""), ("gone,cpu", "backend gone,")))
 def test_the_first_backend_of_a_row_must_be_there(forced: str, wrong: str, program: pytest.MonkeyPatch) -> None:
     program.setattr(matrix, "BUILD", ROOT)  # where the interpreter starts
     program.setattr(matrix, "environment", lambda row, folder: {**os.environ, "PYTHONPATH": str(PACKAGE.parent)})

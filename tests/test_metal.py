@@ -221,18 +221,12 @@ def test_where_there_is_no_apple_gpu_the_backend_says_so(package: Path) -> None:
         assert "torch sees no Apple GPU" in load_metal(library).reason
 
 
-def build_recorder(folder: Path, *, abi: int = _C.abi) -> Path:
-    """A libpolybit_mps for an op table."""
-    (folder / "polybit_abi.h").write_text(f"#define PB_ABI {abi}ull\n", encoding="utf-8")
-    library = folder / "libpolybit_mps.so"
-    flags = ("-std=c++17", "-fPIC", "-shared", f"-I{folder}", "-o", library)
-    done = metal.execute(metal.require_clang(), *flags, metal.ROOT / "backends" / "mps" / "record.cpp")
-    assert done.returncode == 0, done.stderr
-    return library
-
-
 def test_a_recorder_for_another_op_table_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    build_recorder(tmp_path, abi=0x1234)
+    (tmp_path / "polybit_abi.h").write_text("#define PB_ABI 0x1234ull\n", encoding="utf-8")
+    source, library = metal.ROOT / "backends" / "mps" / "record.cpp", tmp_path / "libpolybit_mps.so"
+    flags = ("-std=c++17", "-fPIC", "-shared", f"-I{tmp_path}", source, "-o", library)
+    done = metal.execute(metal.require_clang(), *flags)
+    assert done.returncode == 0, done.stderr
     monkeypatch.setattr(discovery, "LIBRARY_FOLDER", tmp_path)
     found = discovery.Catalogue()
     found.discover(("mps",))
@@ -243,10 +237,10 @@ def test_a_recorder_for_another_op_table_is_refused(tmp_path: Path, monkeypatch:
 
 @pytest.mark.parametrize("name", ("_DLTensor", "_TensorList", "_Context", "_Op", "_Launch"))
 def test_structures_that_are_not_those_of_the_header_are_refused(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, package: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two fields of one size that changed places."""
-    library = build_recorder(tmp_path)
+    (library,) = package.glob("libpolybit_mps.*")
     assert len(Recorder(library).ops) == len(OPS)
     fields = list(getattr(metal_backend, name)._fields_)
     pairs = zip(range(len(fields) - 1), fields, fields[1:])
