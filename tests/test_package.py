@@ -39,7 +39,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     # The tools are those of this environment; build isolation is what `make` itself exercises.
     # Without optimization, as the kernels that `make` has built are those that the other tests run.
     # CUDA is what tests/test_cuda.py builds.
-    fast = [f"--config-settings=cmake.define.{what}" for what in ("CMAKE_CXX_FLAGS_RELEASE=-O0", "POLYBIT_CUDA=OFF")]
+    fast = [f"-Ccmake.define.{what}" for what in ("CMAKE_CXX_FLAGS_RELEASE=-O0", "POLYBIT_CUDA=OFF")]
     run(sys.executable, "-m", "build", "--no-isolation", *fast, "--outdir", str(out), str(ROOT), cwd=out)
     (sdist,) = out.glob("*.tar.gz")
     (wheel,) = out.glob("*.whl")
