@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -51,6 +52,13 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def environment() -> Iterator[None]:
+    """As it was: BOFT tries to build an extension for CUDA, fails, and leaves CC and CXX behind."""
+    with patch.dict(os.environ):
+        yield
 
 
 @pytest.fixture(scope="module")
