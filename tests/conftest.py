@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 # A thread that waits gives its core away at once. By default it keeps it busy for a while, and thousands of tiny
@@ -10,6 +11,7 @@ from pathlib import Path
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import pytest
+import torch
 from _pytest.mark.structures import ParameterSet
 from conformance.samples import write
 from tools import backend_param
@@ -26,6 +28,15 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """`usable_backend` becomes one test per usable backend, so that a skip never hides one."""
     if "usable_backend" in metafunc.fixturenames:
         metafunc.parametrize("usable_backend", usable_backends())
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """For models so small that threads only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture

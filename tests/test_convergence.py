@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import sys
-from collections.abc import Iterator
 from functools import cache, partial
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from polybit.optim import state
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 from tiny_llama import batches, decoder, documentation, encode, loss_of, train_tokenizer
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 VOCABULARY, STEPS, WARM_UP, TAIL = 320, 400, 40, 20
 
 
@@ -25,15 +25,6 @@ VOCABULARY, STEPS, WARM_UP, TAIL = 320, 400, 40, 20
 def tokens() -> Tensor:
     text = documentation()[:400_000]
     return encode(train_tokenizer(text, VOCABULARY), text)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """So small a model gains nothing from more."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def warm_up_and_decay(step: int) -> float:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +28,7 @@ from polybit.quantize_folder import quantize_folder
 TEXT = (Path(__file__).parent.parent / "examples" / "sentences.txt").read_text(encoding="utf-8")[:1500]
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """The models are so small that threads only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")  # the models are tiny
 
 
 def llama(tied: bool) -> transformers.PretrainedConfig:

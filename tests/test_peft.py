@@ -45,13 +45,7 @@ ROUNDING = {"nf4": 0.25, "int8": 0.025}
 TOKENS = torch.arange(18).view(2, 9) * 11 % 200
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """The model is so small that threads only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")  # the models are tiny
 
 
 @pytest.fixture(autouse=True)
