@@ -106,13 +106,15 @@ def test_method(folder: Path, tmp_path: Path, method: str, format: str) -> None:
     assert again <= (ROUNDING[format] if method in ("OLoRA", "PiSSA") else 1e-6), again
 
     model.merge_adapter()
-    assert distance(logits(model), adapted) < ROUNDING[format]
+    changes = [distance(logits(model), adapted)]
     model.unmerge_adapter()
-    assert distance(logits(model), adapted) < ROUNDING[format]
+    changes.append(distance(logits(model), adapted))
     merged = model.merge_and_unload()
+    changes.append(distance(logits(merged), adapted))
+    print(f"{method} {format}: merge {changes[0]:.4f}, unmerge {changes[1]:.4f}, merge_and_unload {changes[2]:.4f}")
+    assert max(changes) < ROUNDING[format]
     assert not any(isinstance(module, peft.tuners.tuners_utils.BaseTunerLayer) for module in merged.modules())
     assert sum(isinstance(module, QuantizedModule) for module in merged.modules()) == 14
-    assert distance(logits(merged), adapted) < ROUNDING[format]
 
 
 def test_training_beside_evaluation(folder: Path) -> None:

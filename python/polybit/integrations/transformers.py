@@ -21,6 +21,8 @@ from polybit.nn.linear import is_conv1d
 from polybit.nn.module import QuantizedModule
 from polybit.qtensor import state_name
 
+__all__ = ["PolybitConfig"]
+
 METHOD = "polybit"
 
 
@@ -198,4 +200,4 @@ def _merge_quantization_configs(recorded: Any, asked: Any) -> Any:
     return _merge(recorded, asked)
 
 
-AutoHfQuantizer.merge_quantization_configs = _merge_quantization_configs
+AutoHfQuantizer.merge_quantization_configs = staticmethod(_merge_quantization_configs)

@@ -141,8 +141,9 @@ def make_empty_(model: M, settings: Mapping[str, Settings]) -> M:
 def dequantize_(model: M, dtype: torch.dtype | None = None) -> M:
     """Replace every quantized module inside `model` by an nn.Linear or nn.Embedding of its value; return `model`.
 
-    dtype: of the weights; None: what each stands for. A weight that several modules share stays shared. The Conv1D of
-    GPT-2 becomes an nn.Linear. Raises ValueError if `model` itself is a quantized module.
+    dtype: of the weights; None: what each stands for. The weights are trainable, as those of any dense module, and one
+    that several modules share stays shared. The Conv1D of GPT-2 becomes an nn.Linear. Raises ValueError if `model`
+    itself is a quantized module.
     """
     if isinstance(model, QuantizedModule):
         raise ValueError(f"dequantize_: the model is a {type(model).__name__} itself and cannot be replaced in place")
@@ -151,7 +152,7 @@ def dequantize_(model: M, dtype: torch.dtype | None = None) -> M:
         if isinstance(module, QuantizedModule):
             weight = module.weight
             if id(weight) not in done:
-                done[id(weight)] = nn.Parameter(weight.dequantize().to(dtype or weight.dtype), requires_grad=False)
+                done[id(weight)] = nn.Parameter(weight.dequantize().to(dtype or weight.dtype))
             model.set_submodule(name, dense_counterpart(module, done[id(weight)]))
     return model
 
