@@ -269,8 +269,13 @@ def _rows(weight: QTensor, index: Any) -> QTensor | None:
     return rows if isinstance(rows, QTensor) else None
 
 
+def _data_ptr(weight: QTensor) -> int:
+    # The wrapper has none, and accelerate tells by it which weights are the same.
+    return weight.q.data_ptr()
+
+
 _SET_DATA: Any = Tensor.data.__set__  # type: ignore[attr-defined]
-TORCH_FUNCTIONS |= {_SET_DATA: _set_data, Tensor.__setitem__: _set_item}
+TORCH_FUNCTIONS |= {_SET_DATA: _set_data, Tensor.__setitem__: _set_item, Tensor.data_ptr: _data_ptr}
 
 ATEN_FUNCTIONS |= {
     aten.detach.default: _alias,

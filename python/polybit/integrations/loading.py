@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers.core_model_loading import ConversionOps
+from transformers.integrations.accelerate import get_device
 
 from polybit import checkpoint
 from polybit.nn import Settings
@@ -20,10 +21,17 @@ class _OfOurWeights(ConversionOps):  # type: ignore[misc]
     def __init__(self, hf_quantizer: Any) -> None:
         self.hf_quantizer = hf_quantizer
 
-    def _miss_weights_only(self, missing_keys: set[str] | None) -> None:
-        # Of a quantized weight a state dict names every part; the loader hears of the whole alone.
-        if missing_keys is not None:
-            missing_keys -= self.hf_quantizer.parts
+    def _deliver(self, weight: QTensor, expected: QTensor, name: str, missing_keys: set[str] | None) -> Tensors:
+        # What the loader puts into the model: the whole as a Parameter; or the parts that it writes to a disk.
+        if weight.shape != expected.shape or not expected.same_layout(weight):
+            got = f"{weight.format_name} {list(weight.shape)}"
+            raise ValueError(f"{name}: the checkpoint has {got}, the model wants other")
+        if get_device(self.hf_quantizer.device_map, name) == "disk":
+            if missing_keys is not None:
+                missing_keys.discard(name)
+            return {f"{name}.{part}": tensor for part, tensor in weight.inner_tensors().items()}
+        weight.search = expected.search
+        return {name: nn.Parameter(weight, requires_grad=False)}
 
 
 class Quantize(_OfOurWeights):
@@ -32,15 +40,16 @@ class Quantize(_OfOurWeights):
     def convert(
         self, input_dict: Tensors, *, model: nn.Module, missing_keys: set[str] | None = None, **kwargs: Any
     ) -> Tensors:
-        """{name of the parameter: dense weight} to {the same: quantized Parameter}."""
-        self._miss_weights_only(missing_keys)
-        out = {}
+        """{name of the parameter: dense weight} to {the same: quantized Parameter}, or its parts for a disk."""
+        out: Tensors = {}
         for name, value in input_dict.items():
-            module = _quantized_module(model, name)
+            module = model.get_submodule(name.rpartition(".")[0])
+            assert isinstance(module, QuantizedModule), name
             dense = _single(value)
             if name.removesuffix(".weight") in self.hf_quantizer.conv1d:
                 dense = dense.t()
-            out[name] = _parameter(Settings.of(module.weight).quantize(dense), module, name)
+            weight = Settings.of(module.weight).quantize(dense)
+            out |= self._deliver(weight, module.weight, name, missing_keys)
         return out
 
 
@@ -56,12 +65,11 @@ class Deserialize(_OfOurWeights):
         missing_keys: set[str] | None = None,
         **kwargs: Any,
     ) -> Tensors:
-        """{"weight": codes, "weight.absmax": scales, ...} to {"weight": quantized Parameter}.
+        """{"weight": codes, "weight.absmax": scales, ...} to {full_layer_name: quantized Parameter}, or its parts.
 
         A dense weight, alone, becomes one of the dtype that the model is loaded in. Raises ValueError if layer and
         entries do not fit.
         """
-        self._miss_weights_only(missing_keys)
         tensors = {key: _single(value) for key, value in input_dict.items()}
         module = model.get_submodule(full_layer_name.rpartition(".")[0])
         if not isinstance(module, QuantizedModule):
@@ -69,7 +77,7 @@ class Deserialize(_OfOurWeights):
                 raise ValueError(f"{full_layer_name} is quantized in the checkpoint, its config.json leaves it alone")
             return {key: _cast(model, full_layer_name, tensor) for key, tensor in tensors.items()}
         loaded = checkpoint.from_tensors(tensors, "weight", dtype=module.weight.dtype)
-        return {"weight": _parameter(loaded, module, full_layer_name)}
+        return self._deliver(loaded, module.weight, full_layer_name, missing_keys)
 
 
 def _cast(model: Any, name: str, tensor: Tensor) -> Tensor:
@@ -82,17 +90,3 @@ def _cast(model: Any, name: str, tensor: Tensor) -> Tensor:
 def _single(value: Any) -> Tensor:
     tensor: Tensor = value[0] if isinstance(value, list) else value
     return tensor
-
-
-def _quantized_module(model: nn.Module, name: str) -> QuantizedModule:
-    module = model.get_submodule(name.rpartition(".")[0])
-    assert isinstance(module, QuantizedModule), name
-    return module
-
-
-def _parameter(weight: QTensor, module: QuantizedModule, name: str) -> nn.Parameter:
-    expected = module.weight
-    if weight.shape != expected.shape or not expected.same_layout(weight):
-        raise ValueError(f"{name}: the checkpoint has {weight.format_name} {list(weight.shape)}, the model wants other")
-    weight.search = expected.search
-    return nn.Parameter(weight, requires_grad=False)

@@ -4,22 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
-from typing import Any
+from functools import partial
+from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers.quantizers.auto import AutoHfQuantizer, register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from polybit import checkpoint
-from polybit.formats import Format, get_format, list_formats
+from polybit.formats import Format, list_formats
+from polybit.integrations.offload import offloaded, read_back
 from polybit.nn import Settings, dequantize_, make_empty_, quantize_
 from polybit.nn.convert import Override, read_override
 from polybit.nn.linear import is_conv1d
 from polybit.nn.module import QuantizedModule
-from polybit.qtensor import state_name
+from polybit.qtensor import QTensor, state_name
 
 __all__ = ["PolybitConfig"]
 
@@ -99,21 +101,19 @@ class PolybitQuantizer(HfQuantizer):  # type: ignore[misc]
     def __init__(self, quantization_config: PolybitConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self.conv1d: set[str] = set()  # layers whose dense weight is stored [in, out]
-        self.parts: set[str] = set()  # what a state dict of the model has besides the weights themselves
+        self.device_map: Mapping[str, Any] = {"": "cpu"}
         # Every weight is called "weight". What belongs to it in a checkpoint, see polybit.checkpoint.
         parts = ["absmax", "quant_map", "nested_absmax", "nested_quant_map"]
         parts += [f"quant_state.{state_name(format)}" for format in list_formats() if format != "int8"]
         self.serialized_names = {"weight": ["weight", *(f"weight.{part}" for part in parts), "SCB", "weight_format"]}
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
-        """Raise ValueError for a map of devices that offloads layers to a disk."""
-        if isinstance(device_map, Mapping) and "disk" in device_map.values():
-            raise ValueError("PolybitConfig: quantized layers cannot be offloaded; device_map must not name a disk")
+        """Remember which layers go to a disk. Called again with what "auto" has become."""
+        self.device_map = device_map if isinstance(device_map, Mapping) else {"": "cpu"}
 
-    @property
-    def quantized_element_size(self) -> float:
-        """Bytes of an element, for maps of devices; the scales are not counted."""
-        return get_format(self.quantization_config.format).bits / 8
+    def param_element_size(self, model: nn.Module, param_name: str, param: Tensor) -> float:
+        """Bytes of an element, for maps of devices: of a quantized weight its share of codes and scales."""
+        return param.stored_bytes / param.numel() if isinstance(param, QTensor) else param.element_size()
 
     def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs: Any) -> bool:
         """Whether a parameter is the weight of a quantized layer."""
@@ -129,18 +129,31 @@ class PolybitQuantizer(HfQuantizer):  # type: ignore[misc]
         before = {name for name, module in model.named_modules() if is_conv1d(module)}
         self.quantization_config.prepare(model)
         self.conv1d = {name for name in before if isinstance(model.get_submodule(name), QuantizedModule)}
-        for name, module in model.named_modules(remove_duplicate=False):
-            if isinstance(module, QuantizedModule):
-                key = f"{name}.weight"
-                self.parts |= checkpoint.to_tensors(module.weight, key).keys() - {key}
+        self.loading = model.register_state_dict_post_hook(_whole_weights)
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-        """Save as the state dict is: it has the layout of a checkpoint already."""
+        """Save as the state dict is: it has the layout of a checkpoint already. Count quantized weights as they are."""
+        self.loading.remove()
+        del self.loading
         model._weight_conversions = [c for c in model._weight_conversions or [] if not _is_ours(c)]
+        model.get_memory_footprint = partial(_memory_footprint, model)
+        read_back(model)
         return model
 
+    def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Tensor] | None, dict[str, str]]:
+        """What save_pretrained writes where layers are offloaded: transformers finds whole weights there, no parts."""
+        away = offloaded(model)
+        if not away:
+            return None, {}
+        state = model.state_dict()
+        for name, weights in away.items():
+            state |= checkpoint.to_tensors(cast(QTensor, weights["weight"]), f"{name}.weight")
+        return state, {}
+
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | str | None = None) -> nn.Module:
+        if offloaded(model):
+            raise ValueError("dequantize: layers are offloaded; load the model without cpu or disk in device_map")
         dequantize_(model, getattr(torch, dtype) if isinstance(dtype, str) else dtype)
         for name in self.conv1d:
             _restore_conv1d(model, name)
@@ -171,6 +184,24 @@ class PolybitQuantizer(HfQuantizer):  # type: ignore[misc]
     def is_compileable(self) -> bool:
         """The layers are traced without a graph break."""
         return True
+
+
+def _whole_weights(model: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    """While transformers loads, a state dict has the weights themselves: their parts have no parameter of their own."""
+    for name, module in model.named_modules(prefix=prefix.removesuffix("."), remove_duplicate=False):
+        if isinstance(module, QuantizedModule):
+            key = f"{name}.weight"
+            for part in checkpoint.to_tensors(module.weight, key):
+                del state[part]
+            state[key] = module.weight
+
+
+def _memory_footprint(model: Any, return_buffers: bool = True) -> int:
+    """Bytes of all parameters and buffers, quantized weights as they are stored."""
+    weights = [parameter for parameter in model.parameters() if isinstance(parameter, QTensor)]
+    dense = sum(weight.numel() * weight.element_size() for weight in weights)
+    counted: int = type(model).get_memory_footprint(model, return_buffers)
+    return counted - dense + sum(weight.stored_bytes for weight in weights)
 
 
 def _is_ours(conversion: Any) -> bool:

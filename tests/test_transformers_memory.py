@@ -1,0 +1,232 @@
+"""How much memory models of a PolybitConfig take, as others count it and at the peak; layers that are offloaded."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import pytest
+import torch
+from tools import run_python
+from torch import Tensor, nn
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import transformers
+import transformers.integrations.accelerate
+from transformers.modeling_utils import get_total_byte_count
+
+from polybit import PolybitConfig, QTensor
+from polybit.nn import quantize_
+
+pytestmark = pytest.mark.usefixtures("one_thread")  # the models are tiny
+
+TOKENS = torch.arange(18).view(2, 9) * 11 % 200
+Llama = transformers.LlamaForCausalLM
+CONFIGS: dict[str, dict[str, Any]] = {
+    "nf4": {},
+    "int8": {"format": "int8"},
+    "nf3 and all": {"format": "nf3", "skip": (), "embeddings": True, "double_quant": False},
+}
+
+
+@pytest.fixture(scope="module", params=(False, True), ids=("", "tied"))
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(3)
+    config = transformers.LlamaConfig(
+        vocab_size=200, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        tie_word_embeddings=request.param,
+    )  # fmt: skip
+    path = tmp_path_factory.mktemp("dense")
+    Llama(config).save_pretrained(path)
+    return path
+
+
+def load(folder: Path, options: dict[str, Any], **more: Any) -> Any:
+    return Llama.from_pretrained(folder, quantization_config=PolybitConfig(**options), **more)
+
+
+@torch.no_grad()
+def logits(model: nn.Module) -> Tensor:
+    found: Tensor = model(TOKENS).logits
+    return found
+
+
+def real_bytes(model: nn.Module) -> int:
+    """Of all parameters and buffers, counted by what is in them."""
+    parts = [p.inner_tensors().values() if isinstance(p, QTensor) else [p] for p in model.parameters()]
+    return sum(t.untyped_storage().nbytes() for tensors in [*parts, model.buffers()] for t in tensors)
+
+
+@pytest.mark.parametrize("options", CONFIGS.values(), ids=CONFIGS)
+def test_sizes_are_those_of_the_stored_bytes(folder: Path, options: dict[str, Any]) -> None:
+    model = load(folder, options)
+    want = real_bytes(quantize_(Llama.from_pretrained(folder), **{"format": "nf4", **options}))
+    assert model.get_memory_footprint() == want < 0.8 * Llama.from_pretrained(folder).get_memory_footprint()
+    buffers = sum(buffer.nbytes for buffer in model.buffers())
+    assert model.get_memory_footprint(return_buffers=False) == want - buffers > 0
+
+    sizes, leaves = transformers.integrations.accelerate.compute_module_sizes(model, model.hf_quantizer)
+    assert sizes[""] == pytest.approx(want, abs=1e-6)
+    up = model.model.layers[0].mlp.up_proj
+    assert leaves["model.layers.0.mlp.up_proj"] == pytest.approx(up.weight.stored_bytes, abs=1e-6)
+    # What is reserved on a GPU in advance: of everything that from_pretrained expects, buffers aside.
+    everything = {name: torch.device("cpu") for name, _ in model.named_parameters()}
+    assert get_total_byte_count(model, everything, model.hf_quantizer)[torch.device("cpu")] == pytest.approx(
+        want - buffers, abs=1e-6
+    )
+    assert model.dequantize().get_memory_footprint() > 1.2 * want
+
+
+def test_what_is_reserved_on_an_accelerator(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """from_pretrained asks for every name that it expects, on the way to a GPU."""
+    asked = {}
+
+    def warmup(model: Any, device_map: dict[str, Any], quantizer: Any) -> None:
+        asked.update(get_total_byte_count(model, dict.fromkeys(device_map, torch.device("cuda")), quantizer))
+
+    monkeypatch.setattr("transformers.modeling_utils.caching_allocator_warmup", warmup)
+    model = load(folder, {}, device_map="cpu")
+    want = model.get_memory_footprint(return_buffers=False)
+    assert asked == {torch.device("cuda"): pytest.approx(want, abs=1e-6)}
+
+
+@pytest.mark.parametrize(("format", "dtype"), (("nf4", accelerate.utils.CustomDtype.INT4), ("int8", torch.int8)))
+def test_maps_of_devices(folder: Path, format: str, dtype: Any) -> None:
+    """transformers fills a device to the byte; accelerate's own estimate goes by codes, if it is told their dtype."""
+    model = load(folder, {"format": format})
+    infer = functools.partial(
+        transformers.integrations.accelerate.infer_auto_device_map,
+        model,
+        no_split_module_classes=["LlamaDecoderLayer"],
+        hf_quantizer=model.hf_quantizer,
+    )
+    size = model.get_memory_footprint()
+    assert set(infer(max_memory={"cpu": size, "disk": 1 << 30}).values()) == {"cpu"}
+    assert set(infer(max_memory={"cpu": size - 1, "disk": 1 << 30}).values()) == {"cpu", "disk"}
+
+    layer = sum(p.stored_bytes if isinstance(p, QTensor) else p.nbytes for p in model.model.layers[0].parameters())
+    special = {name: dtype for name, p in model.named_parameters() if isinstance(p, QTensor)}
+    guess = accelerate.utils.compute_module_sizes(model, special_dtypes=special)["model.layers.0"]
+    assert 0.7 * layer < guess < layer  # the tables of such small weights are a large part
+
+
+MAPS = {
+    "some": {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk"},
+    "all": {"model.embed_tokens": "disk", "model.layers": "disk"},
+}
+REST = {"model.norm": "cpu", "model.rotary_emb": "cpu"}
+
+
+@pytest.mark.filterwarnings("ignore:Attempting to save a model with offloaded modules")
+@pytest.mark.parametrize("options", CONFIGS.values(), ids=CONFIGS)
+@pytest.mark.parametrize("name", MAPS)
+def test_layers_on_a_disk(folder: Path, tmp_path: Path, name: str, options: dict[str, Any]) -> None:
+    """From a dense and from a quantized checkpoint: the same numbers, pass after pass, and the same when saved."""
+    plain = load(folder, options)
+    want = logits(plain)
+    plain.save_pretrained(tmp_path / "quantized")
+    device_map = MAPS[name] | REST | {"lm_head": MAPS[name]["model.embed_tokens"]}
+    dense = {"quantization_config": PolybitConfig(**options)}
+    for source, config in ((folder, dense), (tmp_path / "quantized", {})):
+        model = Llama.from_pretrained(source, device_map=device_map, offload_folder=tmp_path / "offload", **config)
+        assert all(parameter.is_meta for parameter in model.model.layers[1].parameters())
+        assert model.model.embed_tokens.weight.is_meta == (name == "all")
+        for _ in range(2):
+            assert torch.equal(logits(model), want)
+        if not model.config.tie_word_embeddings:  # accelerate's hooks take tied weights apart
+            assert model.get_memory_footprint() == plain.get_memory_footprint()
+        with pytest.raises(ValueError, match="layers are offloaded"):
+            model.dequantize()
+        model.save_pretrained(tmp_path / "saved")
+        assert torch.equal(logits(Llama.from_pretrained(tmp_path / "saved")), want)
+    written = sum(path.stat().st_size for path in (tmp_path / "offload").iterdir())
+    assert written > sum(p.stored_bytes for p in plain.model.layers[1].parameters() if isinstance(p, QTensor))
+
+
+@pytest.mark.parametrize("options", CONFIGS.values(), ids=CONFIGS)
+def test_layers_on_the_cpu_beside_another_device(
+    folder: Path, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other device is the CPU under a name that accelerate does not know as that, so that its hooks run."""
+    want = logits(load(folder, options))
+    dispatch = transformers.integrations.accelerate.dispatch_model
+    device = torch.device("cpu")
+    elsewhere = functools.wraps(dispatch)(functools.partial(dispatch, main_device=device))
+    monkeypatch.setattr(transformers.integrations.accelerate, "dispatch_model", elsewhere)
+    device_map = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": device, "lm_head": "cpu"}
+    model = load(folder, options, device_map=device_map | REST)
+    assert all(parameter.is_meta for parameter in model.model.layers[0].parameters())
+    assert not any(parameter.is_meta for parameter in model.model.layers[1].parameters())
+    for _ in range(2):
+        assert torch.equal(logits(model), want)
+
+
+@pytest.mark.parametrize("format", ("nf4", "int8"))
+def test_what_accelerate_offloads_later_is_refused(folder: Path, format: str) -> None:
+    """It would take the codes for the weight."""
+    model = accelerate.cpu_offload(load(folder, {"format": format}), "cpu")
+    with pytest.raises((ValueError, AttributeError), match="Trying to set a tensor of shape|has no attribute"):
+        logits(model)
+
+
+PEAK = """
+import json, re, threading, time
+import torch, transformers
+from polybit import PolybitConfig, QTensor, quantize
+from transformers import LlamaForCausalLM as Llama
+
+def anonymous():
+    return int(re.search(r"RssAnon:\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
+
+def peak_of(work):
+    peaks, done, before = [0], False, anonymous()
+    def watch():
+        while not done:
+            peaks.append(anonymous() - before)
+            time.sleep(0.001)
+    thread = threading.Thread(target=watch)
+    thread.start()
+    result = work()
+    done = True
+    thread.join()
+    return max(peaks), result
+
+quantize(torch.randn(64, 64), "nf4")  # loads what is loaded once
+dense = sum(p.nbytes for p in Llama.from_pretrained(folder).parameters())
+control, copies = peak_of(lambda: [p.clone() for p in Llama.from_pretrained(folder).parameters()])
+del copies
+peak, model = peak_of(lambda: Llama.from_pretrained(folder, quantization_config=PolybitConfig()))
+model.save_pretrained(out, max_shard_size="10MB")
+again, model = peak_of(lambda: Llama.from_pretrained(out))
+stored = model.get_memory_footprint()
+print(json.dumps({"dense": dense, "copies": control, "stored": stored, "from dense": peak, "from quantized": again}))
+"""
+
+
+def test_the_peak_of_from_pretrained(tmp_path: Path) -> None:
+    """300 MB in eight shards. Memory of the process alone: mapped pages of the files are given back when needed."""
+    config = transformers.LlamaConfig(
+        vocab_size=1024, hidden_size=1024, intermediate_size=2816, num_hidden_layers=6, num_attention_heads=8
+    )
+    with torch.device("meta"):
+        model = Llama(config)
+    model = model.to_empty(device="cpu")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.linspace(-1, 1, parameter.shape[-1]))
+    model.save_pretrained(tmp_path / "dense", max_shard_size="50MB")
+    assert len(list((tmp_path / "dense").glob("*.safetensors"))) == 8
+    largest = max(parameter.nbytes for parameter in model.parameters())
+    del model
+    paths = f"folder, out = {str(tmp_path / 'dense')!r}, {str(tmp_path / 'out')!r}\n"
+    found = json.loads(run_python(paths + PEAK, HF_HUB_OFFLINE="1").stdout.splitlines()[-1])
+    print({name: f"{size / 2**20:.1f} MiB" for name, size in found.items()}, f"largest {largest / 2**20:.1f} MiB")
+    margin = 24 << 20
+    assert found["dense"] > 300 << 20 and found["copies"] > found["dense"] - margin  # it sees what it should
+    assert found["from dense"] < found["stored"] + largest + margin
+    assert found["from quantized"] < found["stored"] + margin
