@@ -310,3 +310,17 @@ def test_bodies_and_heads(tmp_path: Path) -> None:
     (body / "config.json").write_text(json.dumps(saved | {"architectures": ["GPT2LMHeadModel"]}))
     with torch.no_grad():
         assert torch.equal(load_model(body)(index).logits, model(index).logits)
+
+
+def test_what_layers_compute_in_is_recorded(tmp_path: Path) -> None:
+    save(tmp_path / "model", llama(True))
+    code, _, error = run(
+        "quantize", tmp_path / "model", tmp_path / "out", "--activations", "int8", "--compute-dtype", "bfloat16",
+        "--override", "down_proj=nf4,compute_dtype=float32",
+    )  # fmt: skip
+    assert code == 0, error
+    mlp = load_model(tmp_path / "out").model.layers[0].mlp
+    found = [(layer.compute_dtype, layer.activations) for layer in (mlp.up_proj, mlp.down_proj)]
+    assert found == [(torch.bfloat16, "int8"), (torch.float32, "int8")]
+    code, _, error = run("quantize", tmp_path / "model", tmp_path / "other", "--compute-dtype", "float64")
+    assert code == 2 and "compute_dtype must be float32, float16 or bfloat16, got 'float64'" in error

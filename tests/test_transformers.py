@@ -191,14 +191,30 @@ def test_pipeline(dense: dict[str, tuple[Any, Path]], tmp_path: Path) -> None:
     assert len(re.findall(r"w\d+", answer["generated_text"])) == 6
 
 
-def test_a_folder_of_polybit_quantize(dense: dict[str, tuple[Any, Path]], tmp_path: Path) -> None:
-    """Shard by shard, by the command line's function: the same model."""
-    for name in ("llama", "gpt2"):
-        model, folder = dense[name]
-        quantize_folder(folder, tmp_path / name, "nf4", overrides={"*.0.mlp.*": {"format": "int8"}})
-        loaded = load(model, tmp_path / name)
-        want = load(model, folder, quantization_config=PolybitConfig(overrides={"*.0.mlp.*": "int8"}))
-        assert layers(loaded) == layers(want) and torch.equal(logits(loaded), logits(want))
+FOLDERS: dict[str, dict[str, Any]] = {
+    "default": {"overrides": {"*.0.*": {"format": "int8", "compute_dtype": "bfloat16"}}},
+    "embeddings": {"embeddings": True, "activations": "int8"},
+    "a head that is not skipped": {"skip": ("q_proj", "query", "q", "c_attn")},
+}
+
+
+@pytest.mark.parametrize("options", FOLDERS.values(), ids=FOLDERS)
+@pytest.mark.parametrize("name", MODELS)
+def test_a_folder_of_polybit_quantize(
+    dense: dict[str, tuple[Any, Path]], tmp_path: Path, name: str, options: dict[str, Any]
+) -> None:
+    """Shard by shard, by the command line's function: the same model, but for heads that are tied to an embedding.
+
+    Its file has no entry for those, so that they follow the embedding whatever is skipped.
+    """
+    model, folder = dense[name]
+    quantize_folder(folder, tmp_path / "out", "nf4", **options)
+    if "skip" in options:
+        tied = [key.removesuffix(".weight") for key in model.all_tied_weights_keys]
+        options = options | {"skip": [*options["skip"], *tied]}
+    loaded = load(model, tmp_path / "out")
+    want = load(model, folder, quantization_config=PolybitConfig(**options))
+    assert layers(loaded) == layers(want) != {} and torch.equal(logits(loaded), logits(want))
 
 
 ORDERS = {
@@ -225,21 +241,27 @@ print(type(model.model.layers[0].mlp.up_proj).__name__)
     assert said[:2] == [f"{'transformers' in first} False", "Linear4bit"], said
 
 
-@pytest.mark.parametrize("kind", ("nf4 double", "fp4", "int8"))
+@pytest.mark.parametrize("kind", ("nf4 double", "fp4", "nf4 in bf16", "int8"))
 @pytest.mark.parametrize("name", ("llama", "gpt2"))
 def test_checkpoints_of_bitsandbytes(dense: dict[str, tuple[Any, Path]], tmp_path: Path, name: str, kind: str) -> None:
     """Saved by transformers with the real bitsandbytes; read and saved again: the same bytes, the same config."""
     options = {
         "nf4 double": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
         "fp4": {"load_in_4bit": True},
+        "nf4 in bf16": {
+            "load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.bfloat16
+        },
         "int8": {"load_in_8bit": True, "llm_int8_threshold": 0.0},
-    }[kind]
+    }[kind]  # fmt: skip
     model, folder = dense[name]
     theirs = load(model, folder, quantization_config=transformers.BitsAndBytesConfig(**options), dtype=torch.float32)
     theirs.save_pretrained(tmp_path / "theirs")  # before it runs: that changes its weights on some CPUs
     ours = load(model, tmp_path / "theirs", quantization_config=PolybitConfig())
     assert set(layers(ours).values()) == {Linear8bit if kind == "int8" else Linear4bit}
-    bound = 0.03 if kind == "int8" else 1e-5  # bitsandbytes rounds activations to fp16 before it quantizes them
+    # bitsandbytes rounds activations to fp16 before it quantizes them, and rounds weights to bf16 before the product.
+    bound = {"int8": 0.03, "nf4 in bf16": 0.01}.get(kind, 1e-5)
+    computed_in = {m.compute_dtype for m in ours.modules() if isinstance(m, (Linear4bit, Linear8bit))}
+    assert computed_in == {torch.bfloat16 if kind == "nf4 in bf16" else torch.float32}
     fresh = load(model, folder, quantization_config=transformers.BitsAndBytesConfig(**options), dtype=torch.float32)
     want = fresh(TOKENS).logits.detach()  # with gradients, so that it computes in fp32
     assert (logits(ours) - want).norm() < bound * want.norm()
@@ -279,7 +301,13 @@ def test_what_does_not_fit_is_said(
         load(model, folder, quantization_config=PolybitConfig(overrides={"nothing": "nf3"}))
     load(model, folder, quantization_config=PolybitConfig()).save_pretrained(tmp_path)
     text = json.loads((tmp_path / "config.json").read_text())
-    for change, message in (({"block_size": 128}, "the model wants other"), ({"skip": ["up_proj"]}, "leaves it alone")):
+    for change, message in (
+        (
+            {"block_size": 128},
+            "block size 64, double_quant=True, shape [64, 64]; the model, by its config.json, nf4, block size 128",
+        ),
+        ({"skip": ["up_proj"]}, "leaves it alone"),
+    ):
         changed = {**text, "quantization_config": {**text["quantization_config"], **change}}
         (tmp_path / "config.json").write_text(json.dumps(changed))
         with pytest.raises(RuntimeError, match="issues during automatic conversion"):

@@ -152,6 +152,37 @@ def _kernel(name: str, rule: Rule) -> Callable[..., Tensor]:
     return kernel
 
 
+class LinearKbitInt8(torch.autograd.Function):
+    """x W^T + bias with x quantized to int8 by rows and W k-bit: (x, bias, operands of W ..., sizes).
+
+    The roundings of x and of the codebook are taken as the identity: dx = dy W. No forward mode, see below.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, bias: Tensor | None, *weight: Any) -> Tensor:
+        *run, sizes = weight
+        codes, x_absmax, _ = ops.quantize_int8(x, 0.0)
+        return cast(Tensor, ops.matmul_kbit_int8(codes, x_absmax, *run, bias, *sizes, x.dtype))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, bias, *run, ctx.sizes = inputs
+        ctx.save_for_backward(*run)
+        ctx.k, ctx.bias_dtype = x.shape[-1], None if bias is None else bias.dtype
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        dx = dbias = None
+        compiling = torch.compiler.is_compiling()  # dynamo denies what only torch.func asks for
+        if compiling or ctx.needs_input_grad[0]:
+            dx = ops.matmul_kbit_transposed(dy, *ctx.saved_tensors, ctx.k, *ctx.sizes[1:])
+        if ctx.bias_dtype is not None and (compiling or ctx.needs_input_grad[1]):
+            dbias = sum_rows(dy, ctx.bias_dtype)
+        return dx, dbias, *([None] * 7)
+
+
 class LinearInt8Trained(torch.autograd.Function):
     """linear_int8 of a dense weight that is quantized by rows on the way: (x, weight, bias, threshold, row_outliers).
 

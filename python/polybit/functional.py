@@ -21,12 +21,16 @@ def _has_autocast(device_type: str) -> bool:
     return torch.amp.is_autocast_available(device_type)
 
 
+def autocast_is_on(x: Tensor) -> bool:
+    """Whether autocast decides the dtype of a product with x."""
+    return _has_autocast(x.device.type) and torch.is_autocast_enabled(x.device.type)
+
+
 def _compute_dtype(x: Tensor) -> Tensor:
     # Autocast does not know the ops of other libraries; a linear layer is one of those it runs in the lower precision.
-    device_type = x.device.type
-    if not _has_autocast(device_type) or not torch.is_autocast_enabled(device_type):
+    if not autocast_is_on(x) or x.dtype not in KERNEL_DTYPES:
         return x
-    return x.to(torch.get_autocast_dtype(device_type)) if x.dtype in KERNEL_DTYPES else x
+    return x.to(torch.get_autocast_dtype(x.device.type))
 
 
 def _check(name: str, x: Tensor, shape: torch.Size, device: torch.device, bias: Tensor | None) -> int:
@@ -47,21 +51,36 @@ def _check(name: str, x: Tensor, shape: torch.Size, device: torch.device, bias: 
     return n
 
 
-def linear(x: Tensor, weight: QTensor, bias: Tensor | None = None) -> Tensor:
+def check_activations(activations: str | None) -> None:
+    """Raise ValueError unless it is a way to take x: None, as it is, or "int8"."""
+    if activations not in (None, "int8"):
+        raise ValueError(f'activations must be None or "int8", got {activations!r}')
+
+
+def linear(x: Tensor, weight: QTensor, bias: Tensor | None = None, *, activations: str | None = None) -> Tensor:
     """y = x W^T + bias, with W read as it is stored.
 
     x: fp32, fp16 or bf16 [..., K]; weight: a k-bit QTensor [N, K] (any format without a product of its own is restored
     first); bias [N] or None, rounded to x's dtype. Returns y [..., N] in x's dtype (autocast's, where it is on).
-    Differentiable in x and bias. Raises TypeError or ValueError when dtypes, shapes or devices do not fit.
+    `activations`: None, or "int8": x is quantized to int8 by rows and the codebook of a k-bit weight is rounded to
+    int8, so that the product sums integers inside a block.
+    Differentiable in x and bias ("int8": its roundings taken as the identity; no forward mode). Raises TypeError or
+    ValueError when dtypes, shapes or devices do not fit, or for other `activations`.
     """
+    check_activations(activations)
     x = _compute_dtype(x)
     n = _check("linear", x, weight.shape, weight.q.device, bias)
     if bias is not None:
         bias = bias.to(x.dtype)
     format = weight.format
     if format.kind != "kbit":
+        if activations is not None:
+            raise ValueError(f"linear: activations are quantized for k-bit weights, got {format.name}")
         return F.linear(x, weight.dequantize().to(x.dtype), bias)
     sizes = n, weight.block_size, format.bits, weight.place, 0
+    if activations == "int8":
+        function: Any = autograd.LinearKbitInt8
+        return cast(Tensor, function.apply(x, bias, *weight.operands(), sizes))
     return cast(Tensor, torch.ops.polybit.matmul_kbit(x, *weight.operands(), bias, None, *sizes))
 
 

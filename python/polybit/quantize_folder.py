@@ -48,6 +48,8 @@ def quantize_folder(
     double_quant: bool = True,
     search: bool = False,
     threshold: float = 6.0,
+    compute_dtype: torch.dtype | str | None = None,
+    activations: str | None = None,
     skip: tuple[str, ...] = DEFAULT_SKIP,
     overrides: Mapping[str, Override] = {},
     embeddings: bool = False,
@@ -59,8 +61,9 @@ def quantize_folder(
     A weight is taken for linear if it is a matrix called `*.weight` and no embedding by its name; `embeddings` takes
     those, too. `skip`: patterns (fnmatch) of modules to leave alone, matched with the full name and with its last
     component. `overrides`: {pattern: settings} as in nn.quantize_: the first that matches wins, also over `skip` and
-    `embeddings`. Weights of GPT-2's Conv1D (by config.json) are stored transposed, one row per output. `device`: where
-    to quantize. `progress(done, total)` is told bytes of `source`. Memory: about twice the largest tensor.
+    `embeddings`. `compute_dtype` and `activations` are recorded for the layers. Weights of GPT-2's Conv1D (by
+    config.json) are stored transposed, one row per output. `device`: where to quantize. `progress(done, total)` is told
+    bytes of `source`. Memory: about twice the largest tensor.
 
     The folder is written beside the target and renamed when it is complete and on disk. A run that was killed leaves a
     hidden folder behind, which the next run on this target removes.
@@ -68,7 +71,7 @@ def quantize_folder(
     Raises ValueError for an unknown format, a wrong option or an override that matches nothing, FolderError for a wrong
     source or an unusable target.
     """
-    base = Settings(format, block_size, double_quant, search, threshold)
+    base = Settings(format, block_size, double_quant, search, threshold, compute_dtype, activations)
     rules = _Rules(base, skip, overrides, embeddings)
     config, files = read_config(source), weight_files(source)
     if config.get("quantization_config"):
@@ -90,7 +93,9 @@ def quantize_folder(
             if (source / INDEX).is_file():
                 text = {"metadata": {"total_size": summary.bytes_after}, "weight_map": index}
                 _write_json(work / INDEX, text)
-            recorded = {"quant_method": "polybit", **asdict(base), "skip": list(skip), "embeddings": embeddings}
+            recorded = {"quant_method": "polybit", **asdict(base), "embeddings": embeddings}
+            # By default a head that shares its weight with an embedding follows that, here and in nn.quantize_.
+            recorded["skip"] = None if tuple(skip) == DEFAULT_SKIP else list(skip)
             recorded["overrides"] = {pattern: asdict(s) if s else None for pattern, s in rules.overrides.items()}
             # Last: without it nothing takes the folder for a model.
             _write_json(work / "config.json", config | {"quantization_config": recorded})

@@ -21,8 +21,9 @@ _SKIP_HELP = (
     f"Default: {', '.join(DEFAULT_SKIP)}."
 )
 _OVERRIDE_HELP = (
-    "PATTERN=FORMAT[,block_size=N][,double_quant=BOOL][,search=BOOL][,threshold=X] for the modules that the pattern "
-    "matches, or PATTERN=none to leave them alone; repeatable, the first match wins, also over --skip."
+    "PATTERN=FORMAT[,block_size=N][,double_quant=BOOL][,search=BOOL][,threshold=X][,compute_dtype=D]"
+    "[,activations=int8] for the modules that the pattern matches, or PATTERN=none to leave them alone; repeatable, "
+    "the first match wins, also over --skip."
 )
 
 
@@ -34,6 +35,10 @@ def quantize(
     double_quant: Annotated[bool, typer.Option(help="Quantize the scales, too.")] = True,
     search: Annotated[bool, typer.Option(help="Search the best scale of each block.")] = False,
     threshold: Annotated[float, typer.Option(help="int8: activations from here on keep their precision.")] = 6.0,
+    compute_dtype: Annotated[
+        str | None, typer.Option(help="What layers compute in: float32, float16, bfloat16.")
+    ] = None,
+    activations: Annotated[str | None, typer.Option(help="int8: k-bit layers quantize their input, too.")] = None,
     skip: Annotated[list[str] | None, typer.Option(help=_SKIP_HELP)] = None,
     override: Annotated[list[str] | None, typer.Option(help=_OVERRIDE_HELP)] = None,
     embeddings: Annotated[bool, typer.Option("--embeddings", help="Quantize embedding tables, too.")] = False,
@@ -57,6 +62,8 @@ def quantize(
             double_quant=double_quant,
             search=search,
             threshold=threshold,
+            compute_dtype=compute_dtype,
+            activations=activations,
             skip=tuple(skip) if skip else DEFAULT_SKIP,
             overrides=overrides,
             embeddings=embeddings,
@@ -100,7 +107,8 @@ def _truth(text: str) -> bool:
 
 
 _OPTIONS: dict[str, Callable[[str], Any]] = {
-    "block_size": int, "double_quant": _truth, "search": _truth, "threshold": float
+    "block_size": int, "double_quant": _truth, "search": _truth, "threshold": float,
+    "compute_dtype": str, "activations": str,
 }  # fmt: skip
 
 

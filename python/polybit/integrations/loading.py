@@ -11,7 +11,7 @@ from transformers.integrations.accelerate import get_device
 
 from polybit import checkpoint
 from polybit.nn import Settings
-from polybit.nn.module import QuantizedModule
+from polybit.nn.module import QuantizedModule, describe
 from polybit.qtensor import QTensor
 
 Tensors = dict[str, Any]  # by key: a tensor or a list of one
@@ -24,8 +24,8 @@ class _OfOurWeights(ConversionOps):  # type: ignore[misc]
     def _deliver(self, weight: QTensor, expected: QTensor, name: str, missing_keys: set[str] | None) -> Tensors:
         # What the loader puts into the model: the whole as a Parameter; or the parts that it writes to a disk.
         if weight.shape != expected.shape or not expected.same_layout(weight):
-            got = f"{weight.format_name} {list(weight.shape)}"
-            raise ValueError(f"{name}: the checkpoint has {got}, the model wants other")
+            got, wanted = (f"{describe(w)}, shape {list(w.shape)}" for w in (weight, expected))
+            raise ValueError(f"{name}: the checkpoint has {got}; the model, by its config.json, {wanted}")
         if get_device(self.hf_quantizer.device_map, name) == "disk":
             if missing_keys is not None:
                 missing_keys.discard(name)

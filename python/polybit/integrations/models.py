@@ -44,7 +44,7 @@ def load_model(folder: Path) -> nn.Module:
         name = key.removesuffix(".weight")
         if name != key and checkpoint.is_quantized(tensors, key):
             weight = checkpoint.from_tensors(tensors, key)
-            settings[name] = Settings.of(weight, threshold=_threshold(recorded, name))
+            settings[name] = Settings.of(weight, **_behaviour(recorded, name))
     try:
         make_empty_(model, settings)
     except ValueError as problem:
@@ -56,12 +56,12 @@ def load_model(folder: Path) -> nn.Module:
     return whole.eval()
 
 
-def _threshold(recorded: Mapping[str, Any], name: str) -> float:
-    """The one setting that the tensors do not record."""
-    for pattern, override in (recorded.get("overrides") or {}).items():
-        if matches(name, pattern):
-            return float((override or {}).get("threshold", recorded.get("threshold", 6.0)))
-    return float(recorded.get("threshold", 6.0))
+def _behaviour(recorded: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """The settings that the tensors do not record."""
+    overrides = (recorded.get("overrides") or {}).items()
+    override = next((settings for pattern, settings in overrides if matches(name, pattern)), None)
+    wanted = {**recorded, **(override or {})}
+    return {key: wanted[key] for key in ("threshold", "compute_dtype", "activations") if key in wanted}
 
 
 def _rename(model: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

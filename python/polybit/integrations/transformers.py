@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any, cast
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 from transformers.quantizers.auto import AutoHfQuantizer, register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
@@ -32,9 +33,10 @@ METHOD = "polybit"
 class PolybitConfig(QuantizationConfigMixin):  # type: ignore[misc]
     """How `from_pretrained` quantizes a model; what a checkpoint's config.json records.
 
-    format, block_size, double_quant, search, threshold, skip, embeddings, overrides: as in polybit.nn.quantize_, which
-    replaces the layers. Formats are recorded by name: one of your own must be registered before the checkpoint is
-    loaded. Raises ValueError or TypeError for a setting that no layer can have, or an unknown one.
+    format, block_size, double_quant, search, threshold, compute_dtype, activations, skip, embeddings, overrides: as in
+    polybit.nn.quantize_, which replaces the layers. Formats are recorded by name: one of your own must be registered
+    before the checkpoint is loaded. Raises ValueError or TypeError for a setting that no layer can have, or an unknown
+    one.
     """
 
     def __init__(
@@ -45,6 +47,8 @@ class PolybitConfig(QuantizationConfigMixin):  # type: ignore[misc]
         double_quant: bool = True,
         search: bool = False,
         threshold: float = 6.0,
+        compute_dtype: torch.dtype | str | None = None,
+        activations: str | None = None,
         skip: Iterable[str] | None = None,
         embeddings: bool = False,
         overrides: Mapping[str, Override] | None = None,
@@ -54,18 +58,25 @@ class PolybitConfig(QuantizationConfigMixin):  # type: ignore[misc]
             raise ValueError(f"PolybitConfig: quant_method must be {METHOD!r}, got {quant_method!r}")
         if isinstance(skip, str):
             raise TypeError(f"PolybitConfig: skip must be several patterns, got the string {skip!r}")
-        base = Settings(format, block_size, double_quant, search, threshold)
+        base = Settings(format, block_size, double_quant, search, threshold, compute_dtype, activations)
         rules = {pattern: read_override(f"overrides[{pattern!r}]", o, base) for pattern, o in (overrides or {}).items()}
         self.quant_method = METHOD
         self.format, self.block_size, self.double_quant = base.format, base.block_size, base.double_quant
         self.search, self.threshold = base.search, base.threshold
+        self.compute_dtype, self.activations = base.compute_dtype, base.activations
         self.skip = None if skip is None else list(skip)
         self.embeddings = bool(embeddings)
         self.overrides = {pattern: asdict(settings) if settings else None for pattern, settings in rules.items()}
 
-    def prepare(self, model: nn.Module) -> None:
-        """Replace the layers of `model`, on the meta device, by quantized ones without content."""
-        quantize_(model, **{name: value for name, value in self.to_dict().items() if name != "quant_method"})
+    def prepare(self, model: nn.Module, dense: Iterable[str] = ()) -> None:
+        """Replace the layers of `model`, on the meta device, by quantized ones without content.
+
+        dense: layers that share their weight with an embedding that the checkpoint has not quantized.
+        """
+        settings = {name: value for name, value in self.to_dict().items() if name != "quant_method"}
+        if self.skip is not None:  # by default they follow the embedding
+            settings["skip"] = [*self.skip, *dense]
+        quantize_(model, **settings)
 
 
 class BitsandbytesCheckpoint(PolybitConfig):
@@ -76,18 +87,20 @@ class BitsandbytesCheckpoint(PolybitConfig):
             super().__init__("int8", threshold=recorded.get("llm_int8_threshold", 6.0))
         else:
             format, double_quant = recorded.get("bnb_4bit_quant_type"), recorded.get("bnb_4bit_use_double_quant")
-            super().__init__(format or "fp4", double_quant=bool(double_quant))
+            compute_dtype = recorded.get("bnb_4bit_compute_dtype")
+            super().__init__(format or "fp4", double_quant=bool(double_quant), compute_dtype=compute_dtype)
         self.recorded = dict(recorded)
 
     def to_dict(self) -> dict[str, Any]:
         """What the checkpoint recorded."""
         return dict(self.recorded)
 
-    def prepare(self, model: Any) -> None:
+    def prepare(self, model: Any, dense: Iterable[str] = ()) -> None:
         """As transformers chooses layers for bitsandbytes, which is not how polybit does."""
         skip = self.recorded.get("llm_int8_skip_modules")
         kept = HfQuantizer.get_modules_to_not_convert(model, skip, model._keep_in_fp32_modules)
-        settings = Settings(self.format, self.block_size, self.double_quant, threshold=self.threshold)
+        options: Any = {"threshold": self.threshold, "compute_dtype": self.compute_dtype}
+        settings = Settings(self.format, self.block_size, self.double_quant, **options)
         linear = [name for name, module in model.named_modules() if type(module) is nn.Linear or is_conv1d(module)]
         make_empty_(model, {name: settings for name in linear if should_convert_module(name, kept)})
 
@@ -102,10 +115,6 @@ class PolybitQuantizer(HfQuantizer):  # type: ignore[misc]
         super().__init__(quantization_config, **kwargs)
         self.conv1d: set[str] = set()  # layers whose dense weight is stored [in, out]
         self.device_map: Mapping[str, Any] = {"": "cpu"}
-        # Every weight is called "weight". What belongs to it in a checkpoint, see polybit.checkpoint.
-        parts = ["absmax", "quant_map", "nested_absmax", "nested_quant_map"]
-        parts += [f"quant_state.{state_name(format)}" for format in list_formats() if format != "int8"]
-        self.serialized_names = {"weight": ["weight", *(f"weight.{part}" for part in parts), "SCB", "weight_format"]}
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
         """Remember which layers go to a disk. Called again with what "auto" has become."""
@@ -120,14 +129,18 @@ class PolybitQuantizer(HfQuantizer):  # type: ignore[misc]
         module, _, last = param_name.rpartition(".")
         return last == "weight" and isinstance(model.get_submodule(module), QuantizedModule)
 
-    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+    def _process_model_before_weight_loading(
+        self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> Any:
         """Put the quantized layers in, still without content."""
         # transformers ties them later: until then it would seem that each layer has a weight of its own.
         for tied, source in model.all_tied_weights_keys.items():
             layer, _, last = tied.rpartition(".")
             setattr(model.get_submodule(layer), last, model.get_parameter(source))
         before = {name for name, module in model.named_modules() if is_conv1d(module)}
-        self.quantization_config.prepare(model)
+        stored = _stored_dense(checkpoint_files or []) if self.pre_quantized else set()
+        dense = [tied for tied, source in model.all_tied_weights_keys.items() if _is_among(source, stored)]
+        self.quantization_config.prepare(model, [name.removesuffix(".weight") for name in dense])
         self.conv1d = {name for name in before if isinstance(model.get_submodule(name), QuantizedModule)}
         self.loading = model.register_state_dict_post_hook(_whole_weights)
         return model
@@ -165,11 +178,18 @@ class PolybitQuantizer(HfQuantizer):  # type: ignore[misc]
 
         return Quantize(self)
 
-    def get_load_operations(self) -> dict[str, Any]:
-        """The operation for a weight that comes quantized."""
+    def get_weight_conversions(self) -> list[Any]:
+        """What makes a weight of its entries in a checkpoint (polybit.checkpoint has them). Every one is a "weight"."""
+        from transformers.core_model_loading import WeightConverter
+
         from polybit.integrations.loading import Deserialize
 
-        return {"deserialize": Deserialize}
+        if not self.pre_quantized:
+            return []
+        parts = ["absmax", "quant_map", "nested_absmax", "nested_quant_map"]
+        parts += [f"quant_state.{state_name(format)}" for format in list_formats() if format != "int8"]
+        names = ["weight", *(f"weight.{part}" for part in parts), "SCB", "weight_format"]
+        return [WeightConverter(names, "weight", [Deserialize(self)])]
 
     def is_serializable(self) -> bool:
         """save_pretrained works."""
@@ -184,6 +204,24 @@ class PolybitQuantizer(HfQuantizer):  # type: ignore[misc]
     def is_compileable(self) -> bool:
         """The layers are traced without a graph break."""
         return True
+
+
+def _stored_dense(files: Iterable[str]) -> set[str]:
+    """The weights that a checkpoint holds as they are."""
+    keys = {key for file in files if file.endswith(".safetensors") for key in _keys(file)}
+    weights = {key for key in keys if key.endswith(".weight")}
+    parts = {key.rpartition(".weight.")[0] + ".weight" for key in keys - weights}
+    return {key for key in weights - parts if key.removesuffix("weight") + "SCB" not in keys}
+
+
+def _keys(file: str) -> list[str]:
+    with safe_open(file, framework="pt") as opened:
+        return list(opened.keys())
+
+
+def _is_among(name: str, stored: set[str]) -> bool:
+    """Whether a parameter is there; the body alone was saved without its prefix."""
+    return any(name == key or name.endswith(f".{key}") for key in stored)
 
 
 def _whole_weights(model: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:

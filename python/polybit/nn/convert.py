@@ -41,6 +41,8 @@ def quantize_(
     double_quant: bool = True,
     search: bool = False,
     threshold: float = 6.0,
+    compute_dtype: torch.dtype | str | None = None,
+    activations: str | None = None,
     skip: Iterable[str] | None = None,
     embeddings: bool = False,
     overrides: Mapping[str, Override] | None = None,
@@ -51,16 +53,17 @@ def quantize_(
     """Replace every nn.Linear and GPT-2 Conv1D inside `model` by its quantized counterpart; return `model`.
 
     A k-bit format makes Linear4bit or LinearKbit layers, "int8" Linear8bit layers with `threshold`; `embeddings=True`
-    makes an Embedding4bit, EmbeddingKbit or Embedding8bit of every nn.Embedding, too. Subclasses of these modules are
-    left alone: their forward may be another. A model on the meta device becomes a quantized one on the meta device, to
-    be filled by load_state_dict(assign=True).
+    makes an Embedding4bit, EmbeddingKbit or Embedding8bit of every nn.Embedding, too. `compute_dtype` and `activations`
+    are those of LinearKbit, for all linear layers; a lookup takes no notice. Subclasses of these modules are left
+    alone: their forward may be another. A model on the meta device becomes a quantized one on the meta device, to be
+    filled by load_state_dict(assign=True).
 
     Patterns (fnmatch) match a module's full name or its last component:
     `skip`: modules to leave alone. By default those called lm_head, and every linear layer whose weight an embedding
     shares: it follows `embeddings`. `skip=()` skips nothing.
     `overrides`: {pattern: settings}, the first that matches wins, also over `skip` and `embeddings`. Settings are a
-    dict with some of format, block_size, double_quant, search and threshold (the rest as above), a format, or None or
-    False: leave alone.
+    dict with some of format, block_size, double_quant, search, threshold, compute_dtype and activations (the rest as
+    above), a format, or None or False: leave alone.
 
     A weight that several modules share is quantized once and stays shared: an embedding tied to a linear layer that is
     quantized goes with it.
@@ -75,7 +78,7 @@ def quantize_(
     scale_grad_by_freq or sparse, `model` itself a Linear) or TypeError (a weight that is not fp32, fp16 or bf16).
     """
     with _blame("quantize_"):
-        base = Settings(format, block_size, double_quant, search, threshold)
+        base = Settings(format, block_size, double_quant, search, threshold, compute_dtype, activations)
     if isinstance(skip, str):
         raise TypeError(f"quantize_: skip must be several patterns, got the string {skip!r}")
     if offload and device is None:

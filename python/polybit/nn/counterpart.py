@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from polybit.formats import Format, get_format
+from polybit.functional import check_activations
 from polybit.nn.embedding import Embedding4bit, Embedding8bit, EmbeddingKbit, check_embedding
 from polybit.nn.linear import (
     Linear4bit,
     Linear8bit,
     LinearKbit,
     QuantizedLinear,
+    as_compute_dtype,
     check_threshold,
     is_conv1d,
     transposed_weight,
@@ -28,7 +30,8 @@ class Settings:
     """How a module is quantized.
 
     format: a k-bit format or "int8", kept by name. block_size, double_quant, search: as in polybit.quantize, for k-bit
-    formats. threshold: as in Linear8bit. Raises TypeError or ValueError for what no module can have.
+    formats. threshold: as in Linear8bit. compute_dtype (kept by name), activations: as in LinearKbit, of linear layers
+    (those of int8 are int8 in any case). Raises TypeError or ValueError for what no module can have.
     """
 
     format: str | Format
@@ -36,6 +39,8 @@ class Settings:
     double_quant: bool = True
     search: bool = False
     threshold: float = 6.0
+    compute_dtype: torch.dtype | str | None = None
+    activations: str | None = None
 
     def __post_init__(self) -> None:
         format = get_format(self.format)
@@ -48,14 +53,18 @@ class Settings:
         if self.search and format.kind == "int8":
             raise ValueError("the scale search is for k-bit formats, int8 has none")
         check_threshold(self.threshold)
+        check_activations(self.activations)
+        if self.compute_dtype is not None:
+            name = str(as_compute_dtype(self.compute_dtype)).removeprefix("torch.")
+            object.__setattr__(self, "compute_dtype", name)
         object.__setattr__(self, "format", format.name)
 
     @classmethod
-    def of(cls, weight: QTensor, *, threshold: float = 6.0) -> Settings:
-        """The settings that lead to the layout of `weight`."""
+    def of(cls, weight: QTensor, **behaviour: Any) -> Settings:
+        """The settings that lead to the layout of `weight`. behaviour: those that it does not show."""
         if weight.format.kind == "int8":
-            return cls(weight.format, threshold=threshold)
-        return cls(weight.format, weight.block_size, weight.double_quant, weight.search)
+            return cls(weight.format, **behaviour)
+        return cls(weight.format, weight.block_size, weight.double_quant, weight.search, **behaviour)
 
     def quantize(self, weight: Tensor) -> QTensor:
         """`weight` [rows, columns] quantized so."""
@@ -93,10 +102,12 @@ def counterpart(module: nn.Module, settings: Settings, weight: QTensor) -> nn.Mo
         new = table.from_weight(weight, module.padding_idx)
     else:
         bias = cast("nn.Parameter | None", module.bias)
+        dtype = None if settings.compute_dtype is None else as_compute_dtype(settings.compute_dtype)
         if format.kind == "int8":
-            new = Linear8bit.from_weight(weight, bias, threshold=settings.threshold)
+            new = Linear8bit.from_weight(weight, bias, threshold=settings.threshold, compute_dtype=dtype)
         else:
-            new = (Linear4bit if format.bits == 4 else LinearKbit).from_weight(weight, bias)
+            layer = Linear4bit if format.bits == 4 else LinearKbit
+            new = layer.from_weight(weight, bias, compute_dtype=dtype, activations=settings.activations)
     return new.train(module.training)
 
 

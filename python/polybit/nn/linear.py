@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,7 @@ from polybit import functional
 from polybit.distributed import local
 from polybit.formats import Format
 from polybit.nn.module import QuantizedModule, check_sizes, check_weight, kbit_format
-from polybit.qtensor import QTensor, check_block_size, quantize
+from polybit.qtensor import KERNEL_DTYPES, QTensor, check_block_size, quantize
 
 Kbit = TypeVar("Kbit", bound="LinearKbit")
 Int8 = TypeVar("Int8", bound="Linear8bit")
@@ -26,10 +26,42 @@ class QuantizedLinear(QuantizedModule, nn.Linear):
     weight: QTensor
     bias: nn.Parameter | None  # type: ignore[assignment]
 
-    def _setup(self, weight: QTensor, bias: nn.Parameter | None) -> None:
+    def _setup(
+        self, weight: QTensor, bias: nn.Parameter | None, compute_dtype: torch.dtype | None, activations: str | None
+    ) -> None:
         self.out_features, self.in_features = weight.shape
         self._adopt(weight)
         self.register_parameter("bias", bias)
+        self._compute_dtype = compute_dtype if compute_dtype is None else as_compute_dtype(compute_dtype)
+        functional.check_activations(activations)
+        self.activations = activations
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """The dtype that x is converted to before the product, and y back from; not asked for: that of the weight."""
+        return self._compute_dtype or self.weight.dtype
+
+    @compute_dtype.setter
+    def compute_dtype(self, dtype: torch.dtype | None) -> None:
+        self._compute_dtype = dtype if dtype is None else as_compute_dtype(dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in_features] -> [..., out_features], in x's dtype."""
+        wanted = self._compute_dtype
+        if wanted is None or functional.autocast_is_on(x):
+            return self._product(x)
+        return self._product(x.to(wanted)).to(x.dtype)
+
+    def _product(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def extra_repr(self) -> str:
+        options = [f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"]
+        if self._compute_dtype is not None:
+            options.append(f"compute_dtype={self._compute_dtype}")
+        if self.activations is not None:
+            options.append(f"activations={self.activations!r}")
+        return ", ".join(options)
 
 
 def check_threshold(threshold: float) -> None:
@@ -38,13 +70,23 @@ def check_threshold(threshold: float) -> None:
         raise ValueError(f"threshold must be 0 or positive, got {threshold}")
 
 
+def as_compute_dtype(dtype: torch.dtype | str) -> torch.dtype:
+    """A dtype that layers can compute in, also by its name. Raises ValueError for any other."""
+    found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
+    if found not in KERNEL_DTYPES:
+        raise ValueError(f"compute_dtype must be float32, float16 or bfloat16, got {dtype!r}")
+    return cast(torch.dtype, found)
+
+
 class LinearKbit(QuantizedLinear):
     """y = x W^T + b with W in a k-bit format.
 
     weight: QTensor [out_features, in_features]; bias: [out_features] or None, trainable. `format`, `block_size`,
     `double_quant`, `search`: as in polybit.quantize. A new layer is initialised as nn.Linear is, then quantized;
     `from_linear` quantizes a trained one. x: fp32, fp16 or bf16 [..., in_features]; y in x's dtype. Gradients reach x
-    and the bias. Raises ValueError for a format that is not k-bit, a wrong block size or size.
+    and the bias. `compute_dtype`: the product is computed in it (None: in x's dtype; under autocast, in autocast's), x
+    may then have any floating dtype. `activations`: as in polybit.functional.linear. Raises ValueError for a format
+    that is not k-bit, a wrong block size or size, another compute_dtype or other activations.
     """
 
     def __init__(
@@ -57,6 +99,8 @@ class LinearKbit(QuantizedLinear):
         block_size: int = 64,
         double_quant: bool = True,
         search: bool = False,
+        compute_dtype: torch.dtype | None = None,
+        activations: str | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -66,15 +110,22 @@ class LinearKbit(QuantizedLinear):
         check_sizes(in_features=in_features, out_features=out_features)
         dense = nn.Linear(in_features, out_features, bias, device=device, dtype=dtype)
         weight = quantize(dense.weight, format, block_size=block_size, double_quant=double_quant, search=search)
-        self._setup(weight, dense.bias)
+        self._setup(weight, dense.bias, compute_dtype, activations)
 
     @classmethod
-    def from_weight(cls: type[Kbit], weight: QTensor, bias: nn.Parameter | None = None) -> Kbit:
+    def from_weight(
+        cls: type[Kbit],
+        weight: QTensor,
+        bias: nn.Parameter | None = None,
+        *,
+        compute_dtype: torch.dtype | None = None,
+        activations: str | None = None,
+    ) -> Kbit:
         """A layer of a k-bit QTensor [out, in]; a Parameter is shared, not copied. Raises TypeError or ValueError."""
         check_weight(cls.__name__, weight, "kbit")
         self = cls.__new__(cls)
         nn.Module.__init__(self)
-        self._setup(weight, bias)
+        self._setup(weight, bias, compute_dtype, activations)
         return self
 
     @classmethod
@@ -86,11 +137,14 @@ class LinearKbit(QuantizedLinear):
         block_size: int = 64,
         double_quant: bool = True,
         search: bool = False,
+        compute_dtype: torch.dtype | None = None,
+        activations: str | None = None,
     ) -> Kbit:
         """A layer with the quantized weight of `linear`, on its device; the bias parameter is shared, not copied."""
         dense, format = linear.weight, kbit_format(format, cls.__name__, "Linear8bit")
         weight = quantize(dense, format, block_size=block_size, double_quant=double_quant, search=search)
-        return cls.from_weight(weight, linear.bias).train(linear.training)
+        options: Any = {"compute_dtype": compute_dtype, "activations": activations}
+        return cls.from_weight(weight, linear.bias, **options).train(linear.training)
 
     @classmethod
     def from_conv1d(
@@ -101,21 +155,23 @@ class LinearKbit(QuantizedLinear):
         block_size: int = 64,
         double_quant: bool = True,
         search: bool = False,
+        compute_dtype: torch.dtype | None = None,
+        activations: str | None = None,
     ) -> Kbit:
         """A layer that does what the Conv1D of GPT-2 does: its weight [in, out], transposed, is quantized."""
         dense, format = transposed_weight(conv1d), kbit_format(format, cls.__name__, "Linear8bit")
         weight = quantize(dense, format, block_size=block_size, double_quant=double_quant, search=search)
-        return cls.from_weight(weight, conv1d.bias).train(conv1d.training)  # type: ignore[arg-type]
+        options: Any = {"compute_dtype": compute_dtype, "activations": activations}
+        return cls.from_weight(weight, conv1d.bias, **options).train(conv1d.training)  # type: ignore[arg-type]
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x [..., in_features] -> [..., out_features], in x's dtype."""
-        return functional.linear(x, self.weight, self.bias)
+    def _product(self, x: Tensor) -> Tensor:
+        return functional.linear(x, self.weight, self.bias, activations=self.activations)
 
     def extra_repr(self) -> str:
         weight = local(self.weight)
         return (
-            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"format={weight.format_name}, block_size={weight.block_size}, double_quant={weight.double_quant}"
+            f"{super().extra_repr()}, format={weight.format_name}, block_size={weight.block_size}, "
+            f"double_quant={weight.double_quant}"
         )
 
 
@@ -128,7 +184,8 @@ class Linear8bit(QuantizedLinear):
 
     `threshold`: columns of x that hold an |x| >= threshold are multiplied in high precision; 0: none, plain int8.
     weight: QTensor "int8" [out_features, in_features]. x: fp32, fp16 or bf16; y in x's dtype. Gradients reach x (the
-    rounding taken as the identity) and the bias. Raises ValueError for a negative threshold or a wrong size.
+    rounding taken as the identity) and the bias. `compute_dtype`: as in LinearKbit. Raises ValueError for a negative
+    threshold, a wrong size or another compute_dtype.
     """
 
     threshold: float
@@ -140,6 +197,7 @@ class Linear8bit(QuantizedLinear):
         bias: bool = True,
         *,
         threshold: float = 6.0,
+        compute_dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -148,11 +206,16 @@ class Linear8bit(QuantizedLinear):
         check_sizes(in_features=in_features, out_features=out_features)
         dense = nn.Linear(in_features, out_features, bias, device=device, dtype=dtype)
         self.threshold = float(threshold)
-        self._setup(quantize(dense.weight, "int8"), dense.bias)
+        self._setup(quantize(dense.weight, "int8"), dense.bias, compute_dtype, "int8")
 
     @classmethod
     def from_weight(
-        cls: type[Int8], weight: QTensor, bias: nn.Parameter | None = None, *, threshold: float = 6.0
+        cls: type[Int8],
+        weight: QTensor,
+        bias: nn.Parameter | None = None,
+        *,
+        threshold: float = 6.0,
+        compute_dtype: torch.dtype | None = None,
     ) -> Int8:
         """A layer of an int8 QTensor [out, in]; a Parameter is shared, not copied. Raises TypeError or ValueError."""
         check_weight(cls.__name__, weight, "int8")
@@ -160,30 +223,32 @@ class Linear8bit(QuantizedLinear):
         self = cls.__new__(cls)
         nn.Module.__init__(self)
         self.threshold = float(threshold)
-        self._setup(weight, bias)
+        self._setup(weight, bias, compute_dtype, "int8")
         return self
 
     @classmethod
-    def from_linear(cls: type[Int8], linear: nn.Linear, *, threshold: float = 6.0) -> Int8:
+    def from_linear(
+        cls: type[Int8], linear: nn.Linear, *, threshold: float = 6.0, compute_dtype: torch.dtype | None = None
+    ) -> Int8:
         """A layer with the quantized weight of `linear`, on its device; the bias parameter is shared, not copied."""
         weight = quantize(linear.weight, "int8")
-        return cls.from_weight(weight, linear.bias, threshold=threshold).train(linear.training)
+        options: Any = {"threshold": threshold, "compute_dtype": compute_dtype}
+        return cls.from_weight(weight, linear.bias, **options).train(linear.training)
 
     @classmethod
-    def from_conv1d(cls: type[Int8], conv1d: nn.Module, *, threshold: float = 6.0) -> Int8:
+    def from_conv1d(
+        cls: type[Int8], conv1d: nn.Module, *, threshold: float = 6.0, compute_dtype: torch.dtype | None = None
+    ) -> Int8:
         """A layer that does what the Conv1D of GPT-2 does: its weight [in, out], transposed, is quantized."""
         weight = quantize(transposed_weight(conv1d), "int8")
-        return cls.from_weight(weight, conv1d.bias, threshold=threshold).train(conv1d.training)  # type: ignore[arg-type]
+        options: Any = {"threshold": threshold, "compute_dtype": compute_dtype}
+        return cls.from_weight(weight, conv1d.bias, **options).train(conv1d.training)  # type: ignore[arg-type]
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x [..., in_features] -> [..., out_features], in x's dtype."""
+    def _product(self, x: Tensor) -> Tensor:
         return functional.linear_int8(x, self.weight, self.bias, threshold=self.threshold)
 
     def extra_repr(self) -> str:
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"threshold={self.threshold}"
-        )
+        return f"{super().extra_repr()}, threshold={self.threshold}"
 
 
 def is_conv1d(module: nn.Module) -> bool:

@@ -130,7 +130,7 @@ class QuantizedModule(nn.Module):
         loaded.search = own.search  # not recorded: it says how to quantize again, not how to read
         mine = distributed.shard_like(loaded, self.weight)
         if not own.same_layout(local(mine)):
-            raise ValueError(f"load_state_dict: {key} is {_describe(loaded)}, the module is {_describe(own)}")
+            raise ValueError(f"load_state_dict: {key} is {describe(loaded)}, the module is {describe(own)}")
         return mine
 
     # Where torch.distributed.checkpoint finds the entries that a layer of int8 has beside "weight".
@@ -151,7 +151,8 @@ class QuantizedModule(nn.Module):
         return weight
 
 
-def _describe(weight: QTensor) -> str:
+def describe(weight: QTensor) -> str:
+    """How a weight is quantized, for messages."""
     return f"{weight.format_name}, block size {weight.block_size}, double_quant={weight.double_quant}"
 
 
