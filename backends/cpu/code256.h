@@ -12,13 +12,13 @@ struct Code256 {
   // Ways to it:
   // - search, for every map: the midpoints are a tree in heap order, node i has children 2i and 2i + 1.
   // - cells, where midpoints are far enough apart: a cell is the floats with the same upper 16 bits, with one midpoint
-  //   at most. Its entry holds the code below that and a fraction, such that adding a float's lower bits carries into
-  //   the code where the float is above.
+  //   at most. Its entry holds the code below that and a fraction, less the cell itself, such that adding a float
+  //   leaves the code, with a carry where the float is above.
   // - mirrored_cells, where negative values have codes like positive ones, counted down from that of zero.
   enum Way { search, cells, mirrored_cells };
 
   static constexpr int lower = 17;  // bits below a cell: 16 of the float and, as the lowest, its sign
-  static constexpr int32_t fraction = (1 << lower) - 1;
+  static constexpr uint32_t fraction = (1 << lower) - 1;
   static constexpr int last = 0x3f80;             // the cell of 1; what was divided by its absmax is in no higher one
   static constexpr int most = 24 << 7;            // entries: for 24 powers of two
   static constexpr int64_t worthwhile = 1 << 12;  // values, for which it pays to make entries
@@ -27,8 +27,8 @@ struct Code256 {
   simd::Table8 top, level3;
   simd::Table16 level4, level5a, level5b;
 
-  Way way;    // the quickest for numbers
-  int first;  // the first cell; what is smaller counts as its smallest float
+  Way way;        // the quickest for numbers
+  int first = 0;  // the first cell; what is smaller counts as its smallest float
   int32_t entries[most];
 
   // keep_positive: no positive value becomes the code of zero. count: of the values to come.
@@ -63,25 +63,34 @@ struct Code256 {
     first = cell_of(next);
     if (first <= last - most) return false;
     for (int cell = first; cell <= last; cell++) {
-      int32_t &entry = entries[cell - first];
-      entry = (next - zero) << lower;
-      if (cell_of(next) == cell) entry += fraction - (int32_t)((pb::as_u32(midpoint[next++]) & 0xffff) << 1);
+      uint32_t entry = (uint32_t)(next - zero) << lower;
+      if (cell_of(next) == cell) entry += fraction - ((pb::as_u32(midpoint[next++]) & 0xffff) << 1);
+      entries[cell - first] = (int32_t)(entry - ((uint32_t)cell << lower));
       if (!(midpoint[next] > midpoint[next - 1]) || cell_of(next) <= cell) return false;
     }
     return true;
   }
 
-  // The codes of numbers in [-1, 1]. A tie goes to the lower code: where that is the one of the larger size, the sign
-  // makes the size one bit larger.
+  // What look_up reads, in registers: the stores of codes could change members.
+  struct Cells {
+    const float *entry;  // by cell, though those below the first have none
+    simd::I smallest;    // size of the first cell's smallest float
+    simd::F least;
+  };
+  Cells own_cells() const {
+    const uintptr_t entry = (uintptr_t)entries - (uintptr_t)first * sizeof(entries[0]);
+    return {(const float *)entry, simd::set1i(first << lower), simd::set1(midpoint[0])};
+  }
+
+  // The codes of numbers in [-1, 1], or -1, which is to be stored as 0. A tie goes to the lower code: where that is the
+  // one of the larger size, the sign makes the size one bit larger.
   template <Way WAY>
-  simd::I look_up(simd::F s) const {
+  static simd::I look_up(const Cells &cells, simd::F s) {
     using namespace simd;
-    const I bits = as_int(s), sign = sar(bits, 31), twice = addi(bits, bits);
-    const I size = maxi(WAY == mirrored_cells ? subi(twice, sign) : twice, set1i(first << lower));
-    const I entry = as_int(gather((const float *)entries, subi(shr(size, lower), set1i(first))));
-    const I codes = shr(addi(entry, and_(size, set1i(fraction))), lower);
-    if (WAY == cells) return selecti(gt(s, set1(midpoint[0])), codes, set1i(0));
-    return addi(maxi(subi(xor_(codes, sign), sign), set1i(-127)), set1i(127));  // such a map has no -1
+    const I size = maxi(rotate1(as_int(s)), cells.smallest);
+    const I codes = shr(addi(as_int(gather(cells.entry, shr(size, lower))), size), lower);
+    if (WAY == mirrored_cells) return addi(negate_if(as_int(s), codes), set1i(127));  // there is no code of -1
+    return selecti(gt(s, cells.least), codes, set1i(0));
   }
 
   // The codes of N * W values, side by side, because each step waits for the one before. NaN is above no midpoint and
@@ -100,31 +109,33 @@ struct Code256 {
     }
     for (int level = 6; level < 8; level++)
       for (int k = 0; k < N; k++) i[k] = descend(i[k], gt(s[k], gather(tree, i[k])));
+    for (int k = 0; k < N; k++) i[k] = subi(i[k], set1i(256));  // the first leaf
   }
 
   template <Way WAY, int N>
-  void rank(const simd::F (&s)[N], simd::I (&codes)[N]) const {
+  void rank(const Cells &cells, const simd::F (&s)[N], simd::I (&codes)[N]) const {
     if (WAY == search) return find(s, codes);
-    for (int k = 0; k < N; k++) codes[k] = look_up<WAY>(s[k]);
+    for (int k = 0; k < N; k++) codes[k] = look_up<WAY>(cells, s[k]);
   }
 
   template <Way WAY>
   void quantize_by(const float *x, simd::F inv, int64_t n, uint8_t *q) const {
     using namespace simd;
+    const Cells cells = own_cells();
     int64_t i = 0;
     for (; i + 4 * W <= n; i += 4 * W) {
       F s[4];
       I codes[4];
       for (int k = 0; k < 4; k++) s[k] = mul(load(x + i + k * W), inv);
-      rank<WAY>(s, codes);
+      rank<WAY>(cells, s, codes);
       store_u8x4(q + i, codes);
     }
     for (; i < n; i += W) {
       const int left = (int)min64(n - i, W);
       const F s[1] = {mul(load_n(x + i, left), inv)};
       I codes[1];
-      rank<WAY>(s, codes);
-      store_u8_n(q + i, codes[0], left);
+      rank<WAY>(cells, s, codes);
+      store_u8_n(q + i, maxi(codes[0], set1i(0)), left);
     }
   }
 

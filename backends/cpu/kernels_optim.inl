@@ -55,8 +55,8 @@ inline simd::M is_finite(Vec a) { return simd::gt(simd::set1(__builtin_inff()), 
 template <pb::u32 RULE, class Load, class Store>
 inline void step_block(const Call &call, float *p, const float *g, int64_t n, const Load &load, const Store &store) {
   const int states = (int)pb::optim_states(RULE);
-  for (int64_t i = 0; i < n; i += simd::W) {
-    const int lanes = (int)min64(n - i, simd::W);
+  const bool coupled = call.coupled, skip_nonfinite = call.skip_nonfinite;  // copies, that no store can change
+  const auto step = [&](int64_t i, int lanes) {
     __builtin_prefetch(p + i + prefetch_ahead, 1);
     __builtin_prefetch(g + i + prefetch_ahead, 0);
     const Vec param = load_vec(p + i, lanes), grad = load_vec(g + i, lanes);
@@ -64,8 +64,8 @@ inline void step_block(const Call &call, float *p, const float *g, int64_t n, co
     if (states > 0) m.a = load(0, i, lanes);
     if (states > 1) m.b = load(1, i, lanes);
     if (states > 2) m.c = load(2, i, lanes);
-    auto next = pb::optim_step<RULE>(param, pb::optim_gradient(param, grad, call.hyper, call.coupled), m, call.hyper);
-    if (call.skip_nonfinite) {
+    auto next = pb::optim_step<RULE>(param, pb::optim_gradient(param, grad, call.hyper, coupled), m, call.hyper);
+    if (skip_nonfinite) {
       const simd::M finite = is_finite(grad);
       next.param = select(finite, next.param, param);
       next.state = {select(finite, next.state.a, m.a), select(finite, next.state.b, m.b),
@@ -75,7 +75,10 @@ inline void step_block(const Call &call, float *p, const float *g, int64_t n, co
     if (states > 0) store(0, i, lanes, next.state.a);
     if (states > 1) store(1, i, lanes, next.state.b);
     if (states > 2) store(2, i, lanes, next.state.c);
-  }
+  };
+  int64_t i = 0;
+  for (; i + simd::W <= n; i += simd::W) step(i, simd::W);
+  if (i < n) step(i, (int)(n - i));
 }
 
 template <pb::u32 RULE>
@@ -85,21 +88,29 @@ void step_32bit(const Call &call, float *p, const float *g, int64_t n, const Sta
       [&](int k, int64_t i, int lanes, Vec value) { store_vec(s.values[k] + i, value, lanes); });
 }
 
-// n is a whole number of blocks, unless the parameter ends.
+// n is a whole number of blocks, unless the parameter ends, and at most a chunk.
 template <pb::u32 RULE>
 void step_8bit(const Call &call, float *p, const float *g, int64_t n, const States &s) {
   const int states = (int)pb::optim_states(RULE);
-  float buffer[3][state_block];
+  float buffer[3][optim_chunk];
+  const float *code[3] = {call.code[0], call.code[1], call.code[2]};
   for (int64_t b = 0; b * state_block < n; b++) {
     const int64_t begin = b * state_block, count = min64(state_block, n - begin);
+    uint8_t *codes[3];
+    float absmax[3];
+    for (int k = 0; k < states; k++) {
+      codes[k] = s.codes[k] + begin;
+      absmax[k] = s.absmax[k][b];
+    }
     step_block<RULE>(
         call, p + begin, g + begin, count,
-        [&](int k, int64_t i, int lanes) {
-          return load_8bit(s.codes[k] + begin + i, call.code[k], s.absmax[k][b], lanes);
-        },
-        [&](int k, int64_t i, int lanes, Vec value) { store_vec(buffer[k] + i, value, lanes); });
+        [&](int k, int64_t i, int lanes) { return load_8bit(codes[k] + i, code[k], absmax[k], lanes); },
+        [&](int k, int64_t i, int lanes, Vec value) { store_vec(buffer[k] + begin + i, value, lanes); });
+  }
+  for (int64_t b = 0; b * state_block < n; b++) {
+    const int64_t begin = b * state_block, count = min64(state_block, n - begin);
     for (int k = 0; k < states; k++)
-      s.absmax[k][b] = quantize_block(call.encode[k], buffer[k], count, s.codes[k] + begin);
+      s.absmax[k][b] = quantize_block(call.encode[k], buffer[k] + begin, count, s.codes[k] + begin);
   }
 }
 

@@ -48,9 +48,7 @@ inline __m128i low_bytes(I a) {
 }
 inline void store_u8(uint8_t *p, I a) { _mm_storel_epi64((__m128i *)p, low_bytes(a)); }
 inline void store_u8x4(uint8_t *p, const I (&a)[4]) {
-  const I low = set1i(0xff);
-  const I b = _mm256_packus_epi32(_mm256_and_si256(a[0], low), _mm256_and_si256(a[1], low));
-  const I c = _mm256_packus_epi32(_mm256_and_si256(a[2], low), _mm256_and_si256(a[3], low));
+  const I b = _mm256_packus_epi32(a[0], a[1]), c = _mm256_packus_epi32(a[2], a[3]);
   const I halves = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);  // packus takes them by turns
   _mm256_storeu_si256((I *)p, _mm256_permutevar8x32_epi32(_mm256_packus_epi16(b, c), halves));
 }
@@ -133,12 +131,15 @@ inline unsigned bits(M m) { return (unsigned)_mm256_movemask_ps(m); }
 
 inline I and_(I a, I b) { return _mm256_and_si256(a, b); }
 inline I or_(I a, I b) { return _mm256_or_si256(a, b); }
-inline I xor_(I a, I b) { return _mm256_xor_si256(a, b); }
 inline I addi(I a, I b) { return _mm256_add_epi32(a, b); }
 inline I subi(I a, I b) { return _mm256_sub_epi32(a, b); }
 inline I maxi(I a, I b) { return _mm256_max_epi32(a, b); }
 inline I shr(I a, int n) { return _mm256_srli_epi32(a, n); }
-inline I sar(I a, int n) { return _mm256_srai_epi32(a, n); }
+inline I rotate1(I a) { return _mm256_sub_epi32(_mm256_add_epi32(a, a), _mm256_srai_epi32(a, 31)); }
+inline I negate_if(I sign, I a) {
+  const I minus = _mm256_srai_epi32(sign, 31);
+  return _mm256_sub_epi32(_mm256_xor_si256(a, minus), minus);
+}
 inline I shrv(I a, I n) { return _mm256_srlv_epi32(a, n); }
 inline I descend(I a, M m) { return _mm256_sub_epi32(_mm256_add_epi32(a, a), as_int(m)); }
 inline I cvt_rn(F a) { return _mm256_cvtps_epi32(a); }

@@ -52,7 +52,10 @@ inline I load_u8_n(const uint8_t *p, int n) { return _mm512_cvtepu8_epi32(_mm_ma
 inline I load_s8_n(const int8_t *p, int n) { return _mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(first(n), p)); }
 inline void store_u8(uint8_t *p, I a) { _mm_storeu_si128((__m128i *)p, _mm512_cvtepi32_epi8(a)); }
 inline void store_u8x4(uint8_t *p, const I (&a)[4]) {
-  for (int k = 0; k < 4; k++) store_u8(p + k * W, a[k]);
+  const I b = _mm512_packus_epi32(a[0], a[1]), c = _mm512_packus_epi32(a[2], a[3]);
+  const I quarters =
+      _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);  // packus takes them by turns
+  _mm512_storeu_si512(p, _mm512_permutexvar_epi32(quarters, _mm512_packus_epi16(b, c)));
 }
 inline void store_u8_n(uint8_t *p, I a, int n) { _mm_mask_storeu_epi8(p, first(n), _mm512_cvtepi32_epi8(a)); }
 
@@ -99,12 +102,14 @@ inline unsigned bits(M m) { return m; }
 
 inline I and_(I a, I b) { return _mm512_and_si512(a, b); }
 inline I or_(I a, I b) { return _mm512_or_si512(a, b); }
-inline I xor_(I a, I b) { return _mm512_xor_si512(a, b); }
 inline I addi(I a, I b) { return _mm512_add_epi32(a, b); }
 inline I subi(I a, I b) { return _mm512_sub_epi32(a, b); }
 inline I maxi(I a, I b) { return _mm512_max_epi32(a, b); }
 inline I shr(I a, int n) { return _mm512_srli_epi32(a, (unsigned)n); }
-inline I sar(I a, int n) { return _mm512_srai_epi32(a, (unsigned)n); }
+inline I rotate1(I a) { return _mm512_rol_epi32(a, 1); }
+inline I negate_if(I sign, I a) {
+  return _mm512_mask_sub_epi32(a, _mm512_cmplt_epi32_mask(sign, set1i(0)), set1i(0), a);
+}
 inline I shrv(I a, I n) { return _mm512_srlv_epi32(a, n); }
 inline I descend(I a, M m) {
   const I twice = _mm512_add_epi32(a, a);

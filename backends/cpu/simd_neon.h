@@ -53,7 +53,9 @@ inline void store_u8(uint8_t *p, I a) {
   __builtin_memcpy(p, &word, 4);
 }
 inline void store_u8x4(uint8_t *p, const I (&a)[4]) {
-  for (int k = 0; k < 4; k++) store_u8(p + k * W, a[k]);
+  const uint16x8_t b = vcombine_u16(vqmovun_s32(a[0]), vqmovun_s32(a[1]));
+  const uint16x8_t c = vcombine_u16(vqmovun_s32(a[2]), vqmovun_s32(a[3]));
+  vst1q_u8(p, vcombine_u8(vqmovn_u16(b), vqmovn_u16(c)));
 }
 
 inline F load_bf16(const uint16_t *p) { return as_float(as_signed(vshll_n_u16(vld1_u16(p), 16))); }
@@ -145,11 +147,14 @@ inline unsigned bits(M m) {
 
 inline I and_(I a, I b) { return vandq_s32(a, b); }
 inline I or_(I a, I b) { return vorrq_s32(a, b); }
-inline I xor_(I a, I b) { return veorq_s32(a, b); }
 inline I addi(I a, I b) { return vaddq_s32(a, b); }
 inline I subi(I a, I b) { return vsubq_s32(a, b); }
 inline I maxi(I a, I b) { return vmaxq_s32(a, b); }
-inline I sar(I a, int n) { return vshlq_s32(a, vdupq_n_s32(-n)); }
+inline I rotate1(I a) {
+  const uint32x4_t u = as_unsigned(a);
+  return as_signed(vsliq_n_u32(vshrq_n_u32(u, 31), u, 1));
+}
+inline I negate_if(I sign, I a) { return vbslq_s32(vcltzq_s32(sign), vnegq_s32(a), a); }
 inline I shrv(I a, I n) { return as_signed(vshlq_u32(as_unsigned(a), vnegq_s32(n))); }
 inline I shr(I a, int n) { return shrv(a, vdupq_n_s32(n)); }
 inline I descend(I a, M m) { return vsubq_s32(vaddq_s32(a, a), as_signed(m)); }

@@ -52,8 +52,9 @@ inline void store_i(int32_t *p, I a) { *p = a; }
 inline I load_u8(const uint8_t *p) { return *p; }
 inline I load_s8(const int8_t *p) { return *p; }
 inline void store_u8(uint8_t *p, I a) { *p = (uint8_t)a; }
+// Values up to 255; those below 0 become 0.
 inline void store_u8x4(uint8_t *p, const I (&a)[4]) {
-  for (int k = 0; k < 4; k++) store_u8(p + k * W, a[k]);
+  for (int k = 0; k < 4; k++) store_u8(p + k * W, a[k] < 0 ? 0 : a[k]);
 }
 inline F load_bf16(const uint16_t *p) { return pb::bf16_to_float(*p); }
 inline F load_f16(const uint16_t *p) { return pb::half_to_float(*p); }
@@ -101,12 +102,14 @@ inline unsigned bits(M m) { return m; }
 
 inline I and_(I a, I b) { return a & b; }
 inline I or_(I a, I b) { return a | b; }
-inline I xor_(I a, I b) { return a ^ b; }
 inline I addi(I a, I b) { return (I)((uint32_t)a + (uint32_t)b); }
 inline I subi(I a, I b) { return (I)((uint32_t)a - (uint32_t)b); }
 inline I maxi(I a, I b) { return a > b ? a : b; }
 inline I shr(I a, int n) { return (I)((uint32_t)a >> n); }
-inline I sar(I a, int n) { return a >> n; }
+// Its sign becomes the lowest bit.
+inline I rotate1(I a) { return (I)((uint32_t)a << 1 | (uint32_t)a >> 31); }
+// -a where sign is negative, else a.
+inline I negate_if(I sign, I a) { return sign < 0 ? subi(0, a) : a; }
 inline I shrv(I a, I n) { return (I)((uint32_t)a >> n); }
 // 2 * a + (m ? 1 : 0): one step down a heap-ordered search tree.
 inline I descend(I a, M m) { return 2 * a + m; }
