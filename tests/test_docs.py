@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import json
 import os
 import re
 import subprocess
@@ -20,7 +21,7 @@ ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 TEXTS = {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path in PAGES}
 MODULES = [path.stem for path in sorted((ROOT / "docs" / "api").glob("*.md"))]
-SUFFIXES = r"c|cpp|cu|def|h|inl|ini|json|md|metal|npz|py|toml|txt"
+SUFFIXES = r"c|cpp|cu|def|h|inl|ini|ipynb|json|md|metal|npz|py|toml|txt"
 FOLDERS = (ROOT, ROOT / "docs", ROOT / "python", ROOT / "python" / "polybit")  # what paths are relative to
 IGNORED = {".git", ".venv", "build", "__pycache__"}
 
@@ -87,6 +88,16 @@ def test_examples_run(page: str, code: str) -> None:
 
 def test_the_readme_has_an_example() -> None:
     assert "README.md" in dict(BLOCKS)
+
+
+def test_the_notebook_runs() -> None:
+    """Its cells, one after the other in one interpreter, as a kernel runs them; it was saved without outputs."""
+    notebook = json.loads((ROOT / "examples" / "quickstart.ipynb").read_text(encoding="utf-8"))
+    cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    assert notebook["nbformat"] == 4 and len(cells) == 6
+    assert not any(cell["outputs"] or cell["execution_count"] for cell in cells)
+    done = run_python("\n\n".join("".join(cell["source"]) for cell in cells))
+    assert "closest to the first: The cat is lying on a rug." in done.stdout
 
 
 def test_files_exist() -> None:

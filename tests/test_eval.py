@@ -324,3 +324,28 @@ def test_what_layers_compute_in_is_recorded(tmp_path: Path) -> None:
     assert found == [(torch.bfloat16, "int8"), (torch.float32, "int8")]
     code, _, error = run("quantize", tmp_path / "model", tmp_path / "other", "--compute-dtype", "float64")
     assert code == 2 and "compute_dtype must be float32, float16 or bfloat16, got 'float64'" in error
+
+
+@pytest.mark.parametrize("kind", ("encoder", "decoder"))
+def test_eval_plots(tmp_path: Path, kind: str) -> None:
+    """A picture with something in it: two curves of a decoder, one of an encoder, and no picture without a model."""
+    from PIL import Image
+
+    save(tmp_path / "model", llama(True))
+    if kind == "encoder":
+        bert = transformers.BertConfig(
+            vocab_size=200, hidden_size=64, num_hidden_layers=1, num_attention_heads=4, intermediate_size=128
+        )
+        transformers.BertModel(bert).save_pretrained(tmp_path / "model")
+    quantize_folder(tmp_path / "model", tmp_path / "out", "int2")
+    picture = tmp_path / "eval.png"
+    text = tmp_path / "model" / "text.txt"
+    code, _, error = run("eval", tmp_path / "model", tmp_path / "out", "--text", text, "--plot", picture)
+    assert code == 0, error
+    colors = Image.open(picture).convert("RGB").getcolors(1 << 20)
+    strong = {color for count, color in colors if count > 50 and max(color) - min(color) > 100}
+    assert len(strong) == (2 if kind == "decoder" else 1), strong
+    code, _, error = run(
+        "eval", tmp_path / "model", tmp_path / "out", "--text", text, "--plot", tmp_path / "no" / "x.png"
+    )
+    assert code == 2, error

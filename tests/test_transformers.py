@@ -241,6 +241,23 @@ print(type(model.model.layers[0].mlp.up_proj).__name__)
     assert said[:2] == [f"{'transformers' in first} False", "Linear4bit"], said
 
 
+def test_the_oldest_transformers() -> None:
+    from polybit.integrations import TRANSFORMERS
+
+    wanted = ".".join(map(str, TRANSFORMERS))
+    project = (Path(__file__).parent.parent / "pyproject.toml").read_text(encoding="utf-8")
+    assert f'eval = ["transformers>={wanted}"]' in project
+    code = """
+import transformers
+transformers.__version__ = "5.19.1"
+import polybit, transformers.quantizers.auto
+print("polybit" in transformers.quantizers.auto.AUTO_QUANTIZER_MAPPING)
+"""
+    done = run_python(code)
+    assert done.stdout.strip() == "False"
+    assert f"PolybitConfig needs transformers {wanted} or newer, found 5.19.1" in done.stderr
+
+
 @pytest.mark.parametrize("kind", ("nf4 double", "fp4", "nf4 in bf16", "int8"))
 @pytest.mark.parametrize("name", ("llama", "gpt2"))
 def test_checkpoints_of_bitsandbytes(dense: dict[str, tuple[Any, Path]], tmp_path: Path, name: str, kind: str) -> None:

@@ -80,7 +80,8 @@ def linear(x: Tensor, weight: QTensor, bias: Tensor | None = None, *, activation
     sizes = n, weight.block_size, format.bits, weight.place, 0
     if activations == "int8":
         function: Any = autograd.LinearKbitInt8
-        return cast(Tensor, function.apply(x, bias, *weight.operands(), sizes))
+        call = function.apply if torch.is_grad_enabled() else function.forward  # dynamo traces no node without gradient
+        return cast(Tensor, call(x, bias, *weight.operands(), sizes))
     return cast(Tensor, torch.ops.polybit.matmul_kbit(x, *weight.operands(), bias, None, *sizes))
 
 

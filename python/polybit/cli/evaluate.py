@@ -20,6 +20,7 @@ def evaluate(
     window: Annotated[int | None, typer.Option(help="Decoder: tokens seen at once. Default: 2048 or less.")] = None,
     stride: Annotated[int | None, typer.Option(help="Decoder: tokens that a window moves by. Default: half.")] = None,
     device: Annotated[str, typer.Option(help="Where to run the models.")] = "cpu",
+    plot: Annotated[Path | None, typer.Option(help="A picture to write, as .png or .svg. Needs matplotlib.")] = None,
     as_json: Json = False,
 ) -> None:
     """Hold a quantized model against its original.
@@ -29,14 +30,16 @@ def evaluate(
     """
     if find_spec("transformers") is None:
         stop("eval", "needs transformers: pip install 'polybit[eval]'")
+    if plot is not None and find_spec("matplotlib") is None:
+        stop("eval", "--plot needs matplotlib: pip install matplotlib")
     from polybit.integrations.models import is_causal
 
     with input_errors("eval"):
         content = text.read_text(encoding="utf-8")
         if is_causal(read_config(source)):
-            result, line = _decoder(source, target, content, window, stride, device)
+            result, line = _decoder(source, target, content, window, stride, device, plot)
         elif window is None and stride is None:
-            result, line = _encoder(source, target, content, device)
+            result, line = _encoder(source, target, content, device, plot)
         else:
             raise ValueError(f"window and stride are for decoders, and {source} is an encoder")
     if as_json:
@@ -45,8 +48,8 @@ def evaluate(
         typer.echo(line)
 
 
-def _encoder(source: Path, target: Path, text: str, device: str) -> tuple[dict[str, Any], str]:
-    from polybit.integrations.evaluate import compare, embed
+def _encoder(source: Path, target: Path, text: str, device: str, plot: Path | None) -> tuple[dict[str, Any], str]:
+    from polybit.integrations.evaluate import compare, embed, plot_encoder
     from polybit.integrations.models import load_model
 
     lines = [line.strip() for line in text.splitlines() if line.strip()]
@@ -54,6 +57,8 @@ def _encoder(source: Path, target: Path, text: str, device: str) -> tuple[dict[s
         raise ValueError(f"the text must have at least 2 lines, got {len(lines)}")
     original, other = (embed(load_model(folder).to(device), folder, lines) for folder in (source, target))
     result = compare(original, other)
+    if plot is not None:
+        plot_encoder(plot, original, other)
     line = (
         f"mean cosine {result.cosine_mean:.5f}, worst {result.cosine_worst:.5f}, "
         f"retrieval agreement@10 {result.retrieval_at_10:.4f}"
@@ -62,15 +67,17 @@ def _encoder(source: Path, target: Path, text: str, device: str) -> tuple[dict[s
 
 
 def _decoder(
-    source: Path, target: Path, text: str, window: int | None, stride: int | None, device: str
+    source: Path, target: Path, text: str, window: int | None, stride: int | None, device: str, plot: Path | None
 ) -> tuple[dict[str, Any], str]:
-    from polybit.integrations.evaluate import perplexity, tokenize
+    from polybit.integrations.evaluate import perplexity, plot_decoder, tokenize
     from polybit.integrations.models import load_model
 
     tokens = tokenize(source, text)
     original, other = (
         perplexity(load_model(folder).to(device), tokens, window=window, stride=stride) for folder in (source, target)
     )
+    if plot is not None:
+        plot_decoder(plot, original, other)
     ratio = other.perplexity / original.perplexity
     result = {
         "kind": "decoder",

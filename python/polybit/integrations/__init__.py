@@ -12,6 +12,7 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 
 _REGISTRY = "transformers.quantizers.auto"
+TRANSFORMERS = (5, 20)  # the oldest that it was seen to work with; pyproject.toml wants the same
 
 
 def register_with_transformers() -> None:
@@ -26,10 +27,16 @@ def register_with_transformers() -> None:
 
 
 def _register() -> None:
-    try:
-        importlib.import_module("polybit.integrations.transformers")
-    except ImportError as problem:
-        warnings.warn(f"polybit: this version of transformers takes no quantizers of others: {problem}", stacklevel=2)
+    version: str = importlib.import_module("transformers").__version__
+    if tuple(int(part) for part in version.split(".")[:2]) < TRANSFORMERS:
+        wanted = ".".join(str(part) for part in TRANSFORMERS)
+        warnings.warn(
+            f"polybit: PolybitConfig needs transformers {wanted} or newer, found {version}: "
+            "pip install --upgrade 'polybit[eval]'",
+            stacklevel=2,
+        )
+        return
+    importlib.import_module("polybit.integrations.transformers")
 
 
 class _Finder(MetaPathFinder):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -56,10 +56,11 @@ def compare(original: Tensor, other: Tensor, k: int = 10) -> Agreement:
 
 @dataclass(frozen=True)
 class Perplexity:
-    """exp of the mean negative log-likelihood, and the number of tokens that were predicted."""
+    """exp of the mean negative log-likelihood, the number of tokens that were predicted, and that of each [tokens]."""
 
     perplexity: float
     tokens: int
+    losses: Tensor = field(compare=False, repr=False)
 
 
 def tokenize(folder: Path, text: str) -> Tensor:
@@ -88,14 +89,44 @@ def perplexity(model: Any, tokens: Tensor, *, window: int | None = None, stride:
     if len(tokens) < 2:
         raise ValueError(f"perplexity: the text must have at least 2 tokens, got {len(tokens)}")
     tokens = tokens.to(next(model.parameters()).device)
-    total, done, begin = 0.0, 1, 0
+    losses, done, begin = [], 1, 0
     while done < len(tokens):
         end = min(begin + window, len(tokens))
         with torch.no_grad():
             logits = model(tokens[begin:end].unsqueeze(0)).logits[0]
         predictions = logits[done - 1 - begin : end - 1 - begin].float()
-        total += float(F.cross_entropy(predictions, tokens[done:end], reduction="sum"))
+        losses.append(F.cross_entropy(predictions, tokens[done:end], reduction="none").cpu())
         done = end
         begin += stride
-    count = len(tokens) - 1
-    return Perplexity(math.exp(total / count), count)
+    each = torch.cat(losses)
+    return Perplexity(math.exp(float(each.double().mean())), len(each), each)
+
+
+def plot_encoder(path: Path, original: Tensor, other: Tensor) -> None:
+    """Write a picture (PNG, SVG, ... by the name): the cosine of every sentence, from the worst to the best."""
+    cosine = (original * other).sum(-1).sort().values
+    figure, axes = _picture("sentences, from the worst", "cosine to the original")
+    axes.plot(range(1, len(cosine) + 1), cosine.tolist())
+    figure.savefig(path)
+
+
+def plot_decoder(path: Path, original: Perplexity, other: Perplexity) -> None:
+    """Write a picture: the perplexity of both models over the tokens seen so far."""
+    figure, axes = _picture("tokens", "perplexity so far")
+    for name, result in (("original", original), ("quantized", other)):
+        count = torch.arange(1, result.tokens + 1)
+        axes.plot(count.tolist(), (result.losses.double().cumsum(0) / count).exp().tolist(), label=name)
+    axes.set_yscale("log")
+    axes.legend()
+    figure.savefig(path)
+
+
+def _picture(x: str, y: str) -> Any:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot(xlabel=x, ylabel=y)
+    axes.grid(alpha=0.3)
+    return figure, axes

@@ -188,7 +188,8 @@ class PolybitQuantizer(HfQuantizer):  # type: ignore[misc]
             return []
         parts = ["absmax", "quant_map", "nested_absmax", "nested_quant_map"]
         parts += [f"quant_state.{state_name(format)}" for format in list_formats() if format != "int8"]
-        names = ["weight", *(f"weight.{part}" for part in parts), "SCB", "weight_format"]
+        # The first name that fits counts, for transformers 5.20 also one that the key goes on behind.
+        names = [*(f"weight.{part}" for part in parts), "SCB", "weight_format", "weight"]
         return [WeightConverter(names, "weight", [Deserialize(self)])]
 
     def is_serializable(self) -> bool:
