@@ -85,25 +85,29 @@ def entries() -> dict[str, str]:
     return dict(re.findall(r"@\s*(\w+)\s*\|\s*(.*?)\s*@", done.stdout))
 
 
-def to_spirv(program: Path, entry: str, type: str, folder: Path) -> Path:
+def to_spirv(program: Path, entry: str, type: str, folder: Path, sub_group: int = 16, *options: str) -> Path:
     """SPIR-V of one kernel, in a module of its own as the backend compiles it."""
     source = folder / "kernel.cpp"
-    includes = '#include "core/simt/sycl.h"\n#include "core/kernels/kernels.h"\n'
+    includes = '#include "core/simt/sycl.h"\n#include "core/kernels/kernels.h"\n#include "core/simt/tile_xmx.h"\n'
     source.write_text(f"{includes}PB_SYCL_ENTRY({entry}, {type})\n")
-    done = execute(program, source, *OPTIONS, "-DPB_SUB_GROUP=16", cwd=folder, SYCL_DUMP_IMAGES="1")
+    command = (program, source, *OPTIONS, f"-DPB_SUB_GROUP={sub_group}", *options)
+    done = execute(*command, cwd=folder, SYCL_DUMP_IMAGES="1")
     assert (done.returncode, done.stdout) == (0, "")
-    return folder / "sycl_spir64_1.spv"  # the one before has no entry point yet
+    (made,) = [path for path in folder.glob("sycl_spir64*.spv") if b"__sycl_kernel" in path.read_bytes()]
+    return made  # the other one has no entry point
 
 
-def lower(spirv: Path, device: str) -> dict[str, Any]:
-    """What Intel's compiler notes of the only kernel in a module, on one of its GPUs."""
+def lower(spirv: Path, device: str) -> tuple[dict[str, Any], str]:
+    """What Intel's compiler notes of the only kernel in a module, and its assembly, on one of its GPUs."""
     root, out = require_ocloc(), spirv.with_suffix(f".{device}")
+    dump = out.with_name(f"assembly.{device}")
     where = ("-output", out.name, "-out_dir", out.parent, "-output_no_suffix")
     command = (root / "usr/bin/ocloc", "compile", "-spirv_input", "-file", spirv, "-device", device, *where)
-    done = execute(*command, "--format", "zebin", lib=root / "usr/lib/x86_64-linux-gnu")
+    keep = {"IGC_ShaderDumpEnable": "1", "IGC_DumpToCustomDir": str(dump)}
+    done = execute(*command, "--format", "zebin", lib=root / "usr/lib/x86_64-linux-gnu", **keep)
     assert done.returncode == 0 and "Build succeeded." in done.stdout, done.stdout
     (kernel,) = [row for row in section(out.read_bytes(), ".ze_info")["kernels"] if row["name"].startswith("__sycl")]
-    return dict(kernel)
+    return dict(kernel), "".join(path.read_text() for path in sorted(dump.glob("*.asm")))
 
 
 def section(elf: bytes, name: str) -> Any:

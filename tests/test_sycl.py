@@ -6,6 +6,7 @@ The backend sycl:cpu runs every sample in tests/test_conformance.py and every go
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -80,10 +81,37 @@ def test_intel_s_compiler_lowers_a_kernel(program: Path, tmp_path: Path, entry: 
     require_ocloc()
     spirv = to_spirv(program, entry, entries()[entry], tmp_path)
     for device in ("pvc", "dg2"):
-        kernel = lower(spirv, device)
+        kernel, _ = lower(spirv, device)
         assert kernel["name"] == f"__sycl_kernel_{entry}"
         assert kernel["execution_env"]["simd_size"] == 16
         assert device in OUTSIDE_REGISTERS[entry] or memory_of(kernel) == {}, device
+
+
+ENGINE = {"pvc": 16, "dg2": 8}  # lanes that feed the matrix engine
+ENGINE_PRODUCTS = {
+    "matmul_kbit_fp16": ("MatmulKbit<pb::Fp16, {}>", ":hf"),
+    "matmul_kbit_bf16": ("MatmulKbit<pb::Bf16, {}>", ":bf"),
+    "matmul_kbit_transposed_bf16": ("MatmulKbitTransposed<pb::Bf16, {}>", ":bf"),
+    "matmul_int8": ("MatmulInt8<{}>", ":b"),
+    "matmul_kbit_int8_fp16": ("MatmulKbitInt8<pb::Fp16, {}>", ":b"),
+    "linear_int8_bf16": ("LinearInt8<pb::Bf16, {}>", ":b"),
+}
+
+
+@pytest.mark.parametrize("device", ENGINE)
+@pytest.mark.parametrize(
+    "entry",
+    [pytest.param(name, marks=() if name == "matmul_kbit_fp16" else pytest.mark.slow) for name in ENGINE_PRODUCTS],
+)
+def test_a_product_on_the_matrix_engine(program: Path, tmp_path: Path, entry: str, device: str) -> None:
+    """Intel's compiler makes its instruction, dpas, of the tile's multiply. Nothing is run."""
+    require_ocloc()
+    kernel, operand = ENGINE_PRODUCTS[entry]
+    lanes = ENGINE[device]
+    type = f"pb::{kernel.format(f'pb::MatrixTiles<pb::Xmx{lanes}>')}"
+    made, assembly = lower(to_spirv(program, entry, type, tmp_path, lanes, "-DPB_XMX"), device)
+    assert made["execution_env"]["simd_size"] == lanes
+    assert re.search(rf"dpas\.8x8 \({lanes}\|.*{operand} ", assembly), "no matrix instruction"
 
 
 @pytest.mark.parametrize("op", SHARE)

@@ -1,4 +1,4 @@
-"""The matrix instructions of NVIDIA and AMD behind the tile functions: their layouts on the emulator."""
+"""The matrix instructions of NVIDIA, AMD and Intel behind the tile functions: their layouts on the emulator."""
 
 from __future__ import annotations
 
@@ -31,6 +31,8 @@ def test_tiles_multiply(tmp_path: Path) -> None:
         ("tile_mma.h", "A{{p[0], p[8u * pitch], p[4]", "A{{p[0], p[4], p[8u * pitch]"),
         ("tile_amd.h", "w.lane() / 16u * 4u + i", "w.lane() / 16u + i * 4u"),
         ("tile_amd.h", "? 2u * i + w.lane() / 16u :", "? w.lane() / 16u * 8u + i :"),
+        ("tile_xmx.h", "row(Wave, u32 i) { return i; }", "row(Wave, u32 i) { return 7u - i; }"),
+        ("tile_xmx.h", "w.lane() % parts_of_word * 16u", "w.lane() % parts_of_word * 8u"),
     ],
 )
 def test_another_layout_is_noticed(tmp_path: Path, header: str, right: str, wrong: str) -> None:

@@ -1,6 +1,6 @@
 // The backends emulator:16, emulator:32 and emulator:64: the kernels of core/kernels on CPU tensors, run by engine.cpp
-// at three wave widths, and products by the matrix instructions of NVIDIA and AMD. For tests only, and so never chosen
-// by itself.
+// at three wave widths, and products by the matrix instructions of NVIDIA, AMD and Intel. For tests only, and so never
+// chosen by itself.
 #include <cstdlib>
 #include <exception>
 #include <functional>
@@ -12,6 +12,7 @@
 #include "../../core/launch/table.h"
 #include "../../core/simt/tile_amd.h"
 #include "../../core/simt/tile_mma.h"
+#include "../../core/simt/tile_xmx.h"
 
 namespace {
 
@@ -98,6 +99,7 @@ constexpr pb_backend backends[] = {
     products<Emulator<64, pb::MatrixTiles<pb::MfmaTile>>>("emulator:mfma"),
     products<Emulator<32, pb::MatrixTiles<Wmma3>>>("emulator:wmma3"),
     products<Emulator<32, pb::MatrixTiles<Wmma4>>>("emulator:wmma4"),
+    products<Emulator<16, pb::MatrixTiles<pb::Xmx16>>>("emulator:xmx"),
     pb::launch::table<Emulator<64>>("emulator:64", kDLCPU, probe),
     pb::launch::table<Emulator<16>>("emulator:16", kDLCPU, probe),
 };

@@ -1,6 +1,6 @@
-// Every matrix tile on the emulator: one multiply of a wave against the sums written out. The layouts of AMD and NVIDIA
-// must be one to one: every place of C belongs to one sum of one lane. Built with -I <core>. Prints what is wrong; 0 is
-// success.
+// Every matrix tile on the emulator: one multiply of a wave against the sums written out. The layouts of AMD, Intel and
+// NVIDIA must be one to one: every place of C belongs to one sum of one lane. Built with -I <core>. Prints what is
+// wrong; 0 is success.
 #include <cmath>
 #include <cstdio>
 #include <cstring>
@@ -11,6 +11,7 @@
 #include "simt/emulator.h"
 #include "simt/tile_amd.h"
 #include "simt/tile_mma.h"
+#include "simt/tile_xmx.h"
 
 namespace {
 
@@ -41,7 +42,8 @@ u32 random_word(pb::Int8Word, std::mt19937 &random) { return random(); }
 
 template <class Word, class Tile>
 void check(const char *name, u32 width) {
-  constexpr u32 rows = 16, columns = Tile::columns, pitch = Tile::stride;
+  constexpr u32 columns = Tile::columns, pitch = Tile::stride;
+  const u32 rows = Tile::sums * width / columns;
   std::mt19937 random(1);
   std::vector<u32> a(rows * pitch), b(columns * pitch);
   for (u32 &word : a) word = random_word(Word(), random);
@@ -84,6 +86,8 @@ void check_all(const char *word) {
   check<Word, pb::MfmaTile<Word>>((name + " mfma").c_str(), 64);
   check<Word, pb::WmmaTile<Word, 3>>((name + " wmma, RDNA 3").c_str(), 32);
   check<Word, pb::WmmaTile<Word, 4>>((name + " wmma, RDNA 4").c_str(), 32);
+  check<Word, pb::Xmx16<Word>>((name + " xmx of 16 lanes").c_str(), 16);
+  check<Word, pb::Xmx8<Word>>((name + " xmx of 8 lanes").c_str(), 8);
 }
 
 }  // namespace
