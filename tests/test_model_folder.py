@@ -164,7 +164,11 @@ def test_refuses_what_it_cannot_quantize(tmp_path: Path) -> None:
     source = make(
         tmp_path / "again", {"a.weight": randn(4, 64)}, config={"quantization_config": {"quant_method": "gptq"}}
     )
-    with pytest.raises(FolderError, match="is quantized already .quant_method gptq"):
+    with pytest.raises(FolderError, match="is quantized already .quant_method gptq.*the model that it was made from$"):
+        quantize_folder(source, tmp_path / "out")
+    recorded = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    source = make(tmp_path / "bnb", {"a.weight": randn(4, 64)}, config={"quantization_config": recorded})
+    with pytest.raises(FolderError, match=r"quant_method bitsandbytes.*quantization_config=PolybitConfig\(\)"):
         quantize_folder(source, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

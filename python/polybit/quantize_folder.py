@@ -76,7 +76,11 @@ def quantize_folder(
     config, files = read_config(source), weight_files(source)
     if config.get("quantization_config"):
         method = config["quantization_config"].get("quant_method", "unknown")
-        raise FolderError(f"{source}: is quantized already (quant_method {method})")
+        hint = ", or open it as it is: from_pretrained(folder, quantization_config=PolybitConfig())"
+        raise FolderError(
+            f"{source}: is quantized already (quant_method {method}): quantize the model that it was made from"
+            f"{hint if method == 'bitsandbytes' else ''}"
+        )
     rules.check(source, files)
     transposed = conv1d_layers(config)
     total = sum(path.stat().st_size for path in files)
