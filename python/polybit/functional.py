@@ -13,7 +13,7 @@ from polybit.backends import deterministic
 from polybit.backends.selection import constant_in_traces
 from polybit.qtensor import KERNEL_DTYPES, TORCH_FUNCTIONS, QTensor, quantize
 
-__all__ = ["embedding", "linear", "linear_int8", "linear_int8_trained", "quantize"]
+__all__ = ["embedding", "linear", "linear_grouped", "linear_int8", "linear_int8_trained", "quantize"]
 
 
 @constant_in_traces  # torch 2.6 cannot trace it
@@ -83,6 +83,37 @@ def linear(x: Tensor, weight: QTensor, bias: Tensor | None = None, *, activation
         call = function.apply if torch.is_grad_enabled() else function.forward  # dynamo traces no node without gradient
         return cast(Tensor, call(x, bias, *weight.operands(), sizes))
     return cast(Tensor, torch.ops.polybit.matmul_kbit(x, *weight.operands(), bias, None, *sizes))
+
+
+def linear_grouped(x: Tensor, weight: QTensor, group_end: Tensor, *, transposed: bool = False) -> Tensor:
+    """y[i] = x[i] W[e]^T for the rows i of group e: each expert of a mixture on the tokens that chose it.
+
+    x: fp32, fp16 or bf16 [T, K], the rows of a group together, groups in the order of experts; weight: a k-bit QTensor
+    [E, N, K], `transposed`: [E, K, N], for y[i] = x[i] W[e]; group_end: int32 [E], never falling, the row behind the
+    last of each group: group e is rows group_end[e - 1] ... group_end[e]. Returns y [T, N] in x's dtype (autocast's,
+    where it is on); rows behind the last group are zero. Only experts that have rows are read. Differentiable in x.
+    Raises TypeError or ValueError when dtypes, shapes or devices do not fit, or for a format that is not k-bit.
+    """
+    if weight.format.kind != "kbit":
+        raise ValueError(f"linear_grouped: weight must be k-bit, got {weight.format_name}")
+    x, shape, device = _compute_dtype(x), weight.shape, weight.q.device
+    if len(shape) != 3:
+        raise ValueError(f"linear_grouped: weight must have 3 dimensions, got {list(shape)}")
+    experts, n, k = shape[0], *(shape[:0:-1] if transposed else shape[1:])
+    if x.dim() != 2 or x.shape[1] != k:
+        raise ValueError(f"linear_grouped: x must be [T, {k}], got {list(x.shape)}")
+    if x.dtype not in KERNEL_DTYPES:
+        raise TypeError(f"linear_grouped: x must be fp32, fp16 or bf16, got {x.dtype}")
+    if group_end.dtype != torch.int32:
+        raise TypeError(f"linear_grouped: group_end must be int32, got {group_end.dtype}")
+    if group_end.shape != (experts,):
+        raise ValueError(f"linear_grouped: group_end must have shape {[experts]}, got {list(group_end.shape)}")
+    if x.device != device or group_end.device != device:
+        raise ValueError(f"linear_grouped: x is on {x.device}, group_end on {group_end.device}, the weight on {device}")
+    ops = torch.ops.polybit
+    product = ops.matmul_kbit_grouped_transposed if transposed else ops.matmul_kbit_grouped
+    sizes = n, weight.block_size, weight.bits, weight.place, 0
+    return cast(Tensor, product(x, group_end, *weight.operands(), *sizes))
 
 
 def linear_int8(x: Tensor, weight: QTensor, bias: Tensor | None = None, *, threshold: float = 6.0) -> Tensor:

@@ -11,7 +11,7 @@ from transformers.integrations.accelerate import get_device
 
 from polybit import checkpoint
 from polybit.nn import Settings
-from polybit.nn.module import QuantizedModule, describe
+from polybit.nn.module import describe
 from polybit.qtensor import QTensor
 
 Tensors = dict[str, Any]  # by key: a tensor or a list of one
@@ -43,13 +43,13 @@ class Quantize(_OfOurWeights):
         """{name of the parameter: dense weight} to {the same: quantized Parameter}, or its parts for a disk."""
         out: Tensors = {}
         for name, value in input_dict.items():
-            module = model.get_submodule(name.rpartition(".")[0])
-            assert isinstance(module, QuantizedModule), name
+            expected = model.get_parameter(name)
+            assert isinstance(expected, QTensor), name
             dense = _single(value)
             if name.removesuffix(".weight") in self.hf_quantizer.conv1d:
                 dense = dense.t()
-            weight = Settings.of(module.weight).quantize(dense)
-            out |= self._deliver(weight, module.weight, name, missing_keys)
+            weight = Settings.of(expected).quantize(dense)
+            out |= self._deliver(weight, expected, name, missing_keys)
         return out
 
 
@@ -62,22 +62,27 @@ class Deserialize(_OfOurWeights):
         *,
         model: nn.Module,
         full_layer_name: str,
+        target_patterns: list[str],
         missing_keys: set[str] | None = None,
         **kwargs: Any,
     ) -> Tensors:
         """{"weight": codes, "weight.absmax": scales, ...} to {full_layer_name: quantized Parameter}, or its parts.
 
+        The keys are the patterns of the converter: of a stack of experts its name, with dots escaped.
+
         A dense weight, alone, becomes one of the dtype that the model is loaded in. Raises ValueError if layer and
         entries do not fit.
         """
-        tensors = {key: _single(value) for key, value in input_dict.items()}
-        module = model.get_submodule(full_layer_name.rpartition(".")[0])
-        if not isinstance(module, QuantizedModule):
+        tensors = {key.replace("\\.", "."): _single(value) for key, value in input_dict.items()}
+        (prefix,) = target_patterns
+        module, _, last = full_layer_name.rpartition(".")
+        expected = getattr(model.get_submodule(module), last)
+        if not isinstance(expected, QTensor):
             if len(tensors) > 1:
                 raise ValueError(f"{full_layer_name} is quantized in the checkpoint, its config.json leaves it alone")
             return {key: _cast(model, full_layer_name, tensor) for key, tensor in tensors.items()}
-        loaded = checkpoint.from_tensors(tensors, "weight", dtype=module.weight.dtype)
-        return self._deliver(loaded, module.weight, full_layer_name, missing_keys)
+        loaded = checkpoint.from_tensors(tensors, prefix, dtype=expected.dtype)
+        return self._deliver(loaded, expected, full_layer_name, missing_keys)
 
 
 def _cast(model: Any, name: str, tensor: Tensor) -> Tensor:

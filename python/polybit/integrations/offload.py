@@ -20,25 +20,30 @@ def read_back(model: Any) -> None:
     """Make the hooks of accelerate read whole weights where transformers has written their parts to a disk."""
     for name, module in _quantized(model):
         for hook in _hooks(module):
-            source = model.all_tied_weights_keys.get(f"{name}.weight", f"{name}.weight")
-            files = hook.weights_map.dataset
-            if f"{source}.q" in files:
-                hook.weights_map = _FromDisk(hook.weights_map, files, source, module.weight)
+            files, tied = hook.weights_map.dataset, model.all_tied_weights_keys
+            sources = {last: tied.get(f"{name}.{last}", f"{name}.{last}") for last in module.quantized}
+            if all(f"{source}.q" in files for source in sources.values()):
+                hook.weights_map = _FromDisk(hook.weights_map, files, sources, module.quantized_weights())
 
 
 class _FromDisk(Mapping[str, Tensor]):
     """What a hook asks by name: the quantized weight is put together of its parts, the rest is handed on."""
 
     def __init__(
-        self, weights: Mapping[str, Tensor], files: Mapping[str, Tensor], source: str, layout: QTensor
+        self,
+        weights: Mapping[str, Tensor],
+        files: Mapping[str, Tensor],
+        sources: Mapping[str, str],
+        layouts: Mapping[str, QTensor],
     ) -> None:
-        self.weights, self.files, self.source, self.layout = weights, files, source, layout
+        self.weights, self.files, self.sources, self.layouts = weights, files, sources, layouts
 
     def __getitem__(self, key: str) -> Tensor:
-        if key != "weight":
+        if key not in self.layouts:
             return self.weights[key]
-        parts = {name: self.files[f"{self.source}.{name}"] for name in self.layout.inner_tensors()}
-        return QTensor(**parts, shape=self.layout.shape, dtype=self.layout.dtype, **self.layout.form)
+        layout = self.layouts[key]
+        parts = {name: self.files[f"{self.sources[key]}.{name}"] for name in layout.inner_tensors()}
+        return QTensor(**parts, shape=layout.shape, dtype=layout.dtype, **layout.form)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.weights)

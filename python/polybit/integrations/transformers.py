@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from functools import partial
@@ -18,8 +19,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from polybit import checkpoint
 from polybit.formats import Format, list_formats
 from polybit.integrations.offload import offloaded, read_back
-from polybit.nn import Settings, dequantize_, make_empty_, quantize_
-from polybit.nn.convert import Override, read_override
+from polybit.nn import Settings, dequantize_, is_quantizable, make_empty_, quantize_
+from polybit.nn.convert import Override, matches, read_override
 from polybit.nn.linear import is_conv1d
 from polybit.nn.module import QuantizedModule
 from polybit.qtensor import QTensor, state_name
@@ -68,15 +69,26 @@ class PolybitConfig(QuantizationConfigMixin):  # type: ignore[misc]
         self.embeddings = bool(embeddings)
         self.overrides = {pattern: asdict(settings) if settings else None for pattern, settings in rules.items()}
 
-    def prepare(self, model: nn.Module, dense: Iterable[str] = ()) -> None:
+    def prepare(self, model: nn.Module, dense: Iterable[str] = (), stacks: bool = True) -> None:
         """Replace the layers of `model`, on the meta device, by quantized ones without content.
 
-        dense: layers that share their weight with an embedding that the checkpoint has not quantized.
+        dense: layers that share their weight with an embedding that the checkpoint has not quantized. stacks: whether
+        stacks of experts are quantized, too.
         """
         settings = {name: value for name, value in self.to_dict().items() if name != "quant_method"}
         if self.skip is not None:  # by default they follow the embedding
             settings["skip"] = [*self.skip, *dense]
+        from polybit.integrations import experts
+
+        layers = [name for name, module in model.named_modules() if is_quantizable(module)]
+        settings["overrides"] = {
+            pattern: override
+            for pattern, override in self.overrides.items()
+            if any(matches(name, pattern) for name in layers) or not experts.is_stack(model, pattern)
+        }
         quantize_(model, **settings)
+        if stacks:
+            experts.prepare(model, self)
 
 
 class BitsandbytesCheckpoint(PolybitConfig):
@@ -95,7 +107,7 @@ class BitsandbytesCheckpoint(PolybitConfig):
         """What the checkpoint recorded."""
         return dict(self.recorded)
 
-    def prepare(self, model: Any, dense: Iterable[str] = ()) -> None:
+    def prepare(self, model: Any, dense: Iterable[str] = (), stacks: bool = True) -> None:
         """As transformers chooses layers for bitsandbytes, which is not how polybit does."""
         skip = self.recorded.get("llm_int8_skip_modules")
         kept = HfQuantizer.get_modules_to_not_convert(model, skip, model._keep_in_fp32_modules)
@@ -114,6 +126,7 @@ class PolybitQuantizer(HfQuantizer):  # type: ignore[misc]
     def __init__(self, quantization_config: PolybitConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self.conv1d: set[str] = set()  # layers whose dense weight is stored [in, out]
+        self.stacks: set[str] = set()  # the last two parts of the names of quantized stacks of experts
         self.device_map: Mapping[str, Any] = {"": "cpu"}
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
@@ -125,31 +138,44 @@ class PolybitQuantizer(HfQuantizer):  # type: ignore[misc]
         return param.stored_bytes / param.numel() if isinstance(param, QTensor) else param.element_size()
 
     def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs: Any) -> bool:
-        """Whether a parameter is the weight of a quantized layer."""
-        module, _, last = param_name.rpartition(".")
-        return last == "weight" and isinstance(model.get_submodule(module), QuantizedModule)
+        """Whether a parameter is the weight of a quantized layer, or a stack of experts."""
+        name, _, last = param_name.rpartition(".")
+        module = model.get_submodule(name)
+        return isinstance(module, QuantizedModule) and last in module.quantized
 
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> Any:
         """Put the quantized layers in, still without content."""
+        from polybit.integrations import experts
+
         # transformers ties them later: until then it would seem that each layer has a weight of its own.
         for tied, source in model.all_tied_weights_keys.items():
             layer, _, last = tied.rpartition(".")
             setattr(model.get_submodule(layer), last, model.get_parameter(source))
         before = {name for name, module in model.named_modules() if is_conv1d(module)}
-        stored = _stored_dense(checkpoint_files or []) if self.pre_quantized else set()
+        keys = _keys(checkpoint_files or []) if self.pre_quantized else set()
+        stored = _stored_dense(keys)
         dense = [tied for tied, source in model.all_tied_weights_keys.items() if _is_among(source, stored)]
-        self.quantization_config.prepare(model, [name.removesuffix(".weight") for name in dense])
+        self.stacks = {f"{name.rpartition('.')[2]}.{last}" for name, _, last in experts.stacks(model)}
+        # A folder of polybit quantize has its experts one by one, dense.
+        stacked = not self.pre_quantized or any(f".{stack}.absmax" in key for stack in self.stacks for key in keys)
+        self.quantization_config.prepare(model, [name.removesuffix(".weight") for name in dense], stacked)
         self.conv1d = {name for name in before if isinstance(model.get_submodule(name), QuantizedModule)}
         self.loading = model.register_state_dict_post_hook(_whole_weights)
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         """Save as the state dict is: it has the layout of a checkpoint already. Count quantized weights as they are."""
+        from polybit.integrations import experts
+
         self.loading.remove()
         del self.loading
-        model._weight_conversions = [c for c in model._weight_conversions or [] if not _is_ours(c)]
+        # Of a quantized stack of experts nothing can be made for each expert.
+        whole = experts.has_quantized(model)
+        model._weight_conversions = [
+            c for c in model._weight_conversions or [] if not _is_ours(c) and not (whole and experts.makes_stack(c))
+        ]
         model.get_memory_footprint = partial(_memory_footprint, model)
         read_back(model)
         return model
@@ -161,13 +187,19 @@ class PolybitQuantizer(HfQuantizer):  # type: ignore[misc]
             return None, {}
         state = model.state_dict()
         for name, weights in away.items():
-            state |= checkpoint.to_tensors(cast(QTensor, weights["weight"]), f"{name}.weight")
+            for last in cast(QuantizedModule, model.get_submodule(name)).quantized:
+                state |= checkpoint.to_tensors(cast(QTensor, weights[last]), f"{name}.{last}")
         return state, {}
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | str | None = None) -> nn.Module:
+        from polybit.integrations import experts
+
         if offloaded(model):
             raise ValueError("dequantize: layers are offloaded; load the model without cpu or disk in device_map")
+        whole = experts.has_quantized(model)
         dequantize_(model, getattr(torch, dtype) if isinstance(dtype, str) else dtype)
+        if whole:
+            experts.restore(model)
         for name in self.conv1d:
             _restore_conv1d(model, name)
         return model
@@ -179,7 +211,10 @@ class PolybitQuantizer(HfQuantizer):  # type: ignore[misc]
         return Quantize(self)
 
     def get_weight_conversions(self) -> list[Any]:
-        """What makes a weight of its entries in a checkpoint (polybit.checkpoint has them). Every one is a "weight"."""
+        """What makes a weight of its entries in a checkpoint (polybit.checkpoint has them).
+
+        Every one is a "weight", or a stack of experts.
+        """
         from transformers.core_model_loading import WeightConverter
 
         from polybit.integrations.loading import Deserialize
@@ -190,7 +225,12 @@ class PolybitQuantizer(HfQuantizer):  # type: ignore[misc]
         parts += [f"quant_state.{state_name(format)}" for format in list_formats() if format != "int8"]
         # The first name that fits counts, for transformers 5.20 also one that the key goes on behind.
         names = [*(f"weight.{part}" for part in parts), "SCB", "weight_format", "weight"]
-        return [WeightConverter(names, "weight", [Deserialize(self)])]
+        converters = [WeightConverter(names, "weight", [Deserialize(self)])]
+        for stack in sorted(self.stacks):
+            pattern = re.escape(f".{stack}")  # no part of ".shared_experts.down_proj.weight"
+            names = [*(f"{pattern}.{part}" for part in parts), pattern]
+            converters.append(WeightConverter(names, f".{stack}", [Deserialize(self)]))
+        return converters
 
     def is_serializable(self) -> bool:
         """save_pretrained works."""
@@ -207,17 +247,21 @@ class PolybitQuantizer(HfQuantizer):  # type: ignore[misc]
         return True
 
 
-def _stored_dense(files: Iterable[str]) -> set[str]:
+def _stored_dense(keys: set[str]) -> set[str]:
     """The weights that a checkpoint holds as they are."""
-    keys = {key for file in files if file.endswith(".safetensors") for key in _keys(file)}
     weights = {key for key in keys if key.endswith(".weight")}
     parts = {key.rpartition(".weight.")[0] + ".weight" for key in keys - weights}
     return {key for key in weights - parts if key.removesuffix("weight") + "SCB" not in keys}
 
 
-def _keys(file: str) -> list[str]:
-    with safe_open(file, framework="pt") as opened:
-        return list(opened.keys())
+def _keys(files: Iterable[str]) -> set[str]:
+    """The names of what a checkpoint holds."""
+    keys: set[str] = set()
+    for file in files:
+        if file.endswith(".safetensors"):
+            with safe_open(file, framework="pt") as opened:
+                keys.update(opened.keys())
+    return keys
 
 
 def _is_among(name: str, stored: set[str]) -> bool:
@@ -229,10 +273,11 @@ def _whole_weights(model: nn.Module, state: dict[str, Any], prefix: str, metadat
     """While transformers loads, a state dict has the weights themselves: their parts have no parameter of their own."""
     for name, module in model.named_modules(prefix=prefix.removesuffix("."), remove_duplicate=False):
         if isinstance(module, QuantizedModule):
-            key = f"{name}.weight"
-            for part in checkpoint.to_tensors(module.weight, key):
-                del state[part]
-            state[key] = module.weight
+            for last, weight in module.quantized_weights().items():
+                key = f"{name}.{last}"
+                for part in checkpoint.to_tensors(weight, key):
+                    del state[part]
+                state[key] = weight
 
 
 def _memory_footprint(model: Any, return_buffers: bool = True) -> int:

@@ -21,6 +21,7 @@ from polybit.nn.counterpart import (
     empty_weight,
     is_quantizable,
 )
+from polybit.nn.experts import QuantizedExperts, dequantize_experts_
 from polybit.nn.linear import is_conv1d
 from polybit.nn.module import QuantizedModule
 from polybit.qtensor import KERNEL_DTYPES, QTensor
@@ -145,14 +146,17 @@ def dequantize_(model: M, dtype: torch.dtype | None = None) -> M:
     """Replace every quantized module inside `model` by an nn.Linear or nn.Embedding of its value; return `model`.
 
     dtype: of the weights; None: what each stands for. The weights are trainable, as those of any dense module, and one
-    that several modules share stays shared. The Conv1D of GPT-2 becomes an nn.Linear. Raises ValueError if `model`
+    that several modules share stays shared. The Conv1D of GPT-2 becomes an nn.Linear, stacks of
+    experts become parameters again. Raises ValueError if `model`
     itself is a quantized module.
     """
     if isinstance(model, QuantizedModule):
         raise ValueError(f"dequantize_: the model is a {type(model).__name__} itself and cannot be replaced in place")
     done: dict[int, nn.Parameter] = {}
     for name, module in list(model.named_modules(remove_duplicate=False)):
-        if isinstance(module, QuantizedModule):
+        if isinstance(module, QuantizedExperts):
+            dequantize_experts_(module, dtype)
+        elif isinstance(module, QuantizedModule):
             weight = module.weight
             if id(weight) not in done:
                 done[id(weight)] = nn.Parameter(weight.dequantize().to(dtype or weight.dtype))

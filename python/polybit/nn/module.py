@@ -36,24 +36,21 @@ def _succeed(weight: Tensor, fn: Any, quantized: Tensor) -> QTensor:
     return cast(QTensor, new)
 
 
-# By weight: the entry that describes it, as it is in its latest state dict.
-_descriptions = WeakTensorKeyDictionary()
-
-
 def _entries(weight: QTensor, key: str) -> dict[str, Tensor]:
     # The description is no part of the weight. Modules that share the weight must share it all the same: safetensors
-    # and transformers save once what shares storage, and would leave one of them a description of nothing.
+    # and transformers save once what shares storage, and would leave one of them a description of nothing. It is kept
+    # with the weight: a table with weak references would forbid torch to swap the weight, as its parametrizations do.
     entries = checkpoint.to_tensors(weight, key)
     *_, last = entries
-    description: Tensor | None = _descriptions.get(weight)  # type: ignore[no-untyped-call]
+    description: Tensor | None = getattr(weight, "_description", None)
     if description is None or description.is_meta or not torch.equal(description, entries[last]):
-        description = _descriptions[weight] = entries[last]
+        description = weight._description = entries[last]  # type: ignore[attr-defined]
     entries[last] = description
     return entries
 
 
 class QuantizedModule(nn.Module):
-    """A module with a frozen QTensor weight and a plain state dict.
+    """A module with a frozen QTensor weight, or several (`quantized` names them), and a plain state dict.
 
     state_dict() holds plain tensors only (polybit.checkpoint has the layout). load_state_dict() takes them back, into a
     module of the same format, block size and double quantization, with `assign=True` also on the meta device; a damaged
@@ -65,6 +62,11 @@ class QuantizedModule(nn.Module):
     """
 
     weight: QTensor
+    quantized: tuple[str, ...] = ("weight",)
+
+    def quantized_weights(self) -> dict[str, QTensor]:
+        """The quantized parameters by name."""
+        return {name: cast(QTensor, getattr(self, name)) for name in self.quantized}
 
     def _adopt(self, weight: QTensor) -> None:
         # A Parameter is registered as it is, so that modules can share it.
@@ -74,22 +76,27 @@ class QuantizedModule(nn.Module):
     def _apply(self: Self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # torch moves or casts a wrapper parameter by swapping it, which fails once torch.compile or torch.export has
         # seen it (they keep weak references). Nothing trains the weight, so it gets a new Parameter instead.
-        weight = self.weight
-        self._parameters["weight"] = None
+        weights = self.quantized_weights()
+        self._parameters.update(dict.fromkeys(weights))
         try:
             super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-            mover, moved = _successor(weight)
-            weight = moved if moved is not None and mover is fn else _succeed(weight, fn, fn(weight.detach()))
+            for name, weight in weights.items():
+                weights[name] = self._applied(weight, fn)
         finally:
-            self._parameters["weight"] = cast(nn.Parameter, weight)
+            self._parameters.update(cast("dict[str, nn.Parameter | None]", weights))
         return self
+
+    def _applied(self, weight: QTensor, fn: Callable[[Tensor], Tensor]) -> QTensor:
+        mover, moved = _successor(weight)
+        return moved if moved is not None and mover is fn else _succeed(weight, fn, fn(weight.detach()))
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        del destination[prefix + "weight"]
-        if distributed.is_distributed(self.weight):
-            distributed.show_parts(self.weight)
-        destination.update(_entries(self.weight, prefix + "weight"))
+        for name, weight in self.quantized_weights().items():
+            del destination[prefix + name]
+            if distributed.is_distributed(weight):
+                distributed.show_parts(weight)
+            destination.update(_entries(weight, prefix + name))
 
     def _load_from_state_dict(
         self,
@@ -101,34 +108,46 @@ class QuantizedModule(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        key = prefix + "weight"
-        mine = checkpoint.owned_keys(state_dict, key)
-        loaded = self._read(distributed.gather_entries(state_dict, mine), key) if mine else None
-        rest = {name: value for name, value in state_dict.items() if name not in mine}
+        weights = self.quantized_weights()
+        mine = {name: checkpoint.owned_keys(state_dict, prefix + name) for name in weights}
+        loaded = {
+            name: self._read(weights[name], distributed.gather_entries(state_dict, keys), prefix + name)
+            for name, keys in mine.items()
+            if keys
+        }
+        taken = {key for keys in mine.values() for key in keys}
+        rest = {key: value for key, value in state_dict.items() if key not in taken}
         errors_before, missing = len(error_msgs), list[str]()
         super()._load_from_state_dict(rest, prefix, local_metadata, strict, missing, unexpected_keys, error_msgs)
-        missing_keys.extend(name for name in missing if name != key)
-        if not mine:
-            missing_keys.extend(checkpoint.to_tensors(self.weight, key))
-        if loaded is None or len(error_msgs) > errors_before:
+        missing_keys.extend(key for key in missing if key.removeprefix(prefix) not in weights)
+        for name, weight in weights.items():
+            if not mine[name]:
+                missing_keys.extend(checkpoint.to_tensors(weight, prefix + name))
+        if len(error_msgs) > errors_before:
             return
+        assign = local_metadata.get("assign_to_params_buffers", False)
         with torch.no_grad():
-            if local_metadata.get("assign_to_params_buffers", False):
-                _, shared = _successor(self.weight)
-                same = shared is not None and _same_bytes(local(shared), local(loaded))
-                self.weight = shared if shared is not None and same else _succeed(self.weight, None, loaded)
-            else:
-                if self.weight.is_meta and not loaded.is_meta:
-                    warnings.warn(f"for {key}: copied to the meta device, a no-op; pass assign=True", stacklevel=2)
-                local(self.weight).copy_(local(loaded))
+            for name, new in loaded.items():
+                self._take(name, new, assign, prefix + name)
 
-    def _read(self, tensors: dict[str, Tensor], key: str) -> QTensor:
-        own = local(self.weight)
+    def _take(self, name: str, loaded: QTensor, assign: bool, key: str) -> None:
+        weight = cast(QTensor, getattr(self, name))
+        if assign:
+            _, shared = _successor(weight)
+            same = shared is not None and _same_bytes(local(shared), local(loaded))
+            setattr(self, name, shared if shared is not None and same else _succeed(weight, None, loaded))
+            return
+        if weight.is_meta and not loaded.is_meta:
+            warnings.warn(f"for {key}: copied to the meta device, a no-op; pass assign=True", stacklevel=2)
+        local(weight).copy_(local(loaded))
+
+    def _read(self, weight: QTensor, tensors: dict[str, Tensor], key: str) -> QTensor:
+        own = local(weight)
         loaded = checkpoint.from_tensors(tensors, key, dtype=own.dtype if own.format.kind == "int8" else None)
-        if loaded.shape != self.weight.shape:
-            raise ValueError(f"load_state_dict: {key} has shape {list(loaded.shape)}, wanted {list(self.weight.shape)}")
+        if loaded.shape != weight.shape:
+            raise ValueError(f"load_state_dict: {key} has shape {list(loaded.shape)}, wanted {list(weight.shape)}")
         loaded.search = own.search  # not recorded: it says how to quantize again, not how to read
-        mine = distributed.shard_like(loaded, self.weight)
+        mine = distributed.shard_like(loaded, weight)
         if not own.same_layout(local(mine)):
             raise ValueError(f"load_state_dict: {key} is {describe(loaded)}, the module is {describe(own)}")
         return mine

@@ -1,0 +1,131 @@
+"""Experts of transformers: 3-D parameters are quantized, and multiplied as they are stored, those that are hit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from polybit import functional
+from polybit.formats import get_format
+from polybit.nn import Settings
+from polybit.nn.convert import matches, read_override
+from polybit.nn.experts import QuantizedExperts, quantize_experts_
+from polybit.qtensor import KERNEL_DTYPES, QTensor
+
+IMPLEMENTATION = "polybit"
+_STACKS = ("gate_up_proj", "up_proj", "down_proj")
+
+
+def stacks(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
+    """(name of the module, the module, name of the parameter) of each stack of experts, quantized or not.
+
+    They are those of classes that let transformers choose how experts are run (@use_experts_implementation).
+    """
+    for name, module in model.named_modules():
+        if hasattr(module, "has_gate") and hasattr(module, "is_transposed"):
+            for last in _STACKS:
+                parameter = getattr(module, last, None)
+                if isinstance(parameter, nn.Parameter) and parameter.dim() == 3:
+                    yield name, module, last
+
+
+def is_stack(model: nn.Module, pattern: str) -> bool:
+    """Whether a pattern matches a stack of experts of the model, or the module that has it."""
+    return any(_matches(name, last, pattern) for name, _, last in stacks(model))
+
+
+def _matches(name: str, last: str, pattern: str) -> bool:
+    return matches(name, pattern) or matches(f"{name}.{last}", pattern)
+
+
+def prepare(model: nn.Module, config: Any) -> None:
+    """Replace the stacks of `model`, on the meta device, by quantized ones without content, as a PolybitConfig says.
+
+    Raises ValueError for int8, of which there is no product with groups.
+    """
+    base = Settings(config.format, config.block_size, config.double_quant, config.search)
+    rules = {
+        pattern: read_override(f"overrides[{pattern!r}]", override, base)
+        for pattern, override in config.overrides.items()
+    }
+    chosen: dict[nn.Module, dict[str, QTensor]] = {}
+    for name, module, last in stacks(model):
+        wishes = [settings for pattern, settings in rules.items() if _matches(name, last, pattern)]
+        skipped = any(_matches(name, last, pattern) for pattern in config.skip or ())
+        settings = wishes[0] if wishes else None if skipped else base
+        if not settings:
+            continue
+        if get_format(settings.format).kind != "kbit":
+            raise ValueError(
+                f"PolybitConfig: {name}.{last} is a stack of experts, for which there is no product in "
+                f"{settings.format}: give it a k-bit format, overrides={{'*.experts': 'nf4'}}, or skip=['experts']"
+            )
+        parameter = getattr(module, last)
+        empty = torch.empty_like(settings.quantize(parameter.detach().to("meta")), device=parameter.device)
+        chosen.setdefault(module, {})[last] = cast(QTensor, empty)
+    for module, weights in chosen.items():
+        quantize_experts_(module, weights)
+        cast(Any, module.config)._experts_implementation = IMPLEMENTATION
+
+
+def restore(model: Any) -> None:
+    """After its experts have become dense: as transformers runs and saves them."""
+    found = {id(module): module for _, module, _ in stacks(model)}
+    for module in found.values():
+        cast(Any, module.config)._experts_implementation = model.get_correct_experts_implementation(None)
+    if found:
+        converters = [c for c in get_model_conversion_mapping(model, add_legacy=False) if makes_stack(c)]
+        model._weight_conversions = [*(model._weight_conversions or []), *converters]
+
+
+def makes_stack(conversion: Any) -> bool:
+    """Whether a conversion of transformers makes a stack of experts of what a checkpoint has for each expert."""
+    targets = conversion.target_patterns if isinstance(conversion, WeightConverter) else ()
+    return any(target.rpartition(".")[2] in _STACKS for target in targets)
+
+
+def has_quantized(model: nn.Module) -> bool:
+    """Whether any stack of the model is quantized."""
+    return any(isinstance(module, QuantizedExperts) for module in model.modules())
+
+
+def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """What the forward of an experts module does, by a product with groups for each stack.
+
+    hidden_states [tokens, hidden]; top_k_index: int64 [tokens, k], experts from `num_experts` up give nothing;
+    top_k_weights [tokens, k]. Returns [tokens, hidden] in the dtype of hidden_states. A stack that is not quantized is
+    multiplied by transformers.
+    """
+    tokens, k = top_k_index.shape
+    order = top_k_index.reshape(-1).argsort(stable=True)
+    experts = top_k_index.reshape(-1)[order]
+    last = torch.arange(self.num_experts, device=experts.device, dtype=experts.dtype)
+    ends = torch.searchsorted(experts, last, right=True, out_int32=True)
+
+    def product(x: Tensor, name: str) -> Tensor:
+        weight = getattr(self, name)
+        bias = getattr(self, f"{name}_bias")[experts.clamp(max=self.num_experts - 1)] if self.has_bias else None
+        if not isinstance(weight, QTensor):
+            from transformers.integrations.moe import _grouped_linear  # no public name
+
+            return cast(Tensor, _grouped_linear(x, weight, ends, bias, self.is_transposed))
+        x = x if x.dtype in KERNEL_DTYPES else x.to(weight.dtype)
+        y = functional.linear_grouped(x, weight, ends, transposed=self.is_transposed)
+        return y if bias is None else y + bias
+
+    x = product(hidden_states[order // k], "gate_up_proj" if self.has_gate else "up_proj")
+    y = product(self._apply_gate(x) if self.has_gate else self.act_fn(x), "down_proj")
+    if self.has_post_expert_norm:
+        y = self.post_expert_norm(y)
+    y = y * top_k_weights.reshape(-1)[order].unsqueeze(-1)
+    back = torch.empty_like(order).scatter_(0, order, torch.arange(tokens * k, device=order.device))
+    return y[back].view(tokens, k, -1).sum(1).to(hidden_states.dtype)
+
+
+ALL_EXPERTS_FUNCTIONS[IMPLEMENTATION] = experts_forward

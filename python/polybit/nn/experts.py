@@ -1,0 +1,46 @@
+"""Modules that hold their experts as 3-D parameters, one stack of weights for each product."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import cache
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from polybit.nn.module import QuantizedModule
+from polybit.qtensor import QTensor
+
+
+class QuantizedExperts(QuantizedModule):
+    """What a module becomes of which parameters [experts, rows, columns] are quantized: the same module, of a subclass.
+
+    Its forward is its own; what it calls has to take QTensors, as polybit.functional.linear_grouped does.
+    """
+
+    def _applied(self, weight: QTensor, fn: Callable[[Tensor], Tensor]) -> QTensor:
+        # No two modules share a stack. A record of what it became would forbid torch to swap it, as PEFT has it done.
+        return cast(QTensor, nn.Parameter(fn(weight.detach()), requires_grad=False))
+
+
+@cache
+def _subclass(dense: type[nn.Module]) -> type[QuantizedExperts]:
+    return type(f"Quantized{dense.__name__}", (QuantizedExperts, dense), {"__module__": dense.__module__})
+
+
+def quantize_experts_(module: nn.Module, weights: Mapping[str, QTensor]) -> None:
+    """Put quantized stacks in the place of parameters of `module`."""
+    module.__class__ = _subclass(type(module))  # type: ignore[arg-type]
+    module.quantized = tuple(weights)  # type: ignore[assignment]
+    for name, weight in weights.items():
+        module.register_parameter(name, nn.Parameter(weight, requires_grad=False))
+
+
+def dequantize_experts_(module: QuantizedExperts, dtype: torch.dtype | None = None) -> None:
+    """Make `module` what it was, with trainable parameters of the values that the quantized ones have."""
+    weights = module.quantized_weights()
+    module.__class__ = type(module).__bases__[1]
+    del module.quantized
+    for name, weight in weights.items():
+        module.register_parameter(name, nn.Parameter(weight.dequantize().to(dtype or weight.dtype)))
