@@ -1,0 +1,1 @@
+"""The products and the state of an 8-bit layer."""

@@ -1,0 +1,449 @@
+"""Quantization by functions: packed codes and a QuantState, as bitsandbytes lays them out, by polybit's ops."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from polybit.compat.bitsandbytes.utils import pack_dict_to_tensor, unpack_tensor_to_dict
+from polybit.formats import get_format
+from polybit.qtensor import KERNEL_DTYPES, NESTED_BLOCK
+
+ops = torch.ops.polybit
+
+BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+name2qmap: dict[str, Tensor] = {}
+
+
+class QuantState:
+    """How packed codes are to be read.
+
+    absmax: one scale per block, fp32 [blocks], or uint8 codes of them if `nested`; code: fp32 [16] or [256]; blocksize:
+    elements per scale; quant_type: "nf4", "fp4" or None (8 bits); shape, dtype: of the tensor that was quantized;
+    offset (fp32 scalar) and state2 (a QuantState): what restores uint8 scales.
+    """
+
+    valid_quant_types = ("fp4", "nf4")
+    valid_qs_type_keys: ClassVar = ["bitsandbytes__fp4", "bitsandbytes__nf4"]
+    valid_qs_keys: ClassVar = [
+        "absmax",
+        "quant_map",
+        "nested_absmax",
+        "nested_quant_map",
+        "quant_state",
+        "quant_type",
+        "blocksize",
+        "dtype",
+        "shape",
+        "nested_blocksize",
+        "nested_dtype",
+        "nested_offset",
+    ]
+
+    def __init__(
+        self,
+        absmax: Tensor,
+        shape: Sequence[int] | None = None,
+        code: Tensor | None = None,
+        blocksize: int | None = None,
+        quant_type: str | None = None,
+        dtype: torch.dtype | None = None,
+        offset: Tensor | None = None,
+        state2: QuantState | None = None,
+    ) -> None:
+        self.absmax: Any = absmax
+        self.shape: Any = shape
+        self.code: Any = code
+        self.dtype: Any = dtype
+        self.blocksize: Any = blocksize
+        self.quant_type: Any = quant_type
+        self.offset: Any = offset
+        self.state2: Any = state2
+        self.nested = state2 is not None
+
+    def __getattr__(self, name: str) -> Any:
+        # FSDP follows the keys of a state dict by attributes: weight.quant_state.bitsandbytes__nf4.
+        if name in self.valid_qs_type_keys and name.endswith(f"__{self.quant_type}"):
+            return self.as_dict(packed=True)[f"quant_state.{name}"]
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+    def __getitem__(self, idx: Any) -> Any:
+        """The list that older versions had: absmax, shape, dtype, blocksize, [offset, state2] or None, quant_type."""
+        nested = [self.offset, self.state2] if self.nested else None
+        return [self.absmax, self.shape, self.dtype, self.blocksize, nested, self.quant_type][idx]
+
+    @classmethod
+    def from_dict(cls, qs_dict: dict[str, Any], device: torch.device | str) -> QuantState:
+        """The state that `as_dict` described, packed or not; keys may have a prefix with dots.
+
+        Raises ValueError if the description is missing or there are several, or for an unknown key.
+        """
+        packed = [key for key, value in qs_dict.items() if "quant_state" in key and isinstance(value, Tensor)]
+        if "quant_type" not in qs_dict:
+            if not packed:
+                raise ValueError("QuantState.from_dict: found neither quant_type nor an entry of quant_state")
+            if len(packed) > 1 or packed[0].rpartition(".")[2] not in cls.valid_qs_type_keys:
+                raise ValueError(
+                    f"QuantState.from_dict: expected one entry of quant_state, called {cls.valid_qs_type_keys}, "
+                    f"got {packed}"
+                )
+        entries = {key.rpartition(".")[2]: value for key, value in qs_dict.items() if key not in packed}
+        for key in packed:
+            entries |= unpack_tensor_to_dict(qs_dict[key])
+        if unknown := sorted(entries.keys() - set(cls.valid_qs_keys)):
+            raise ValueError(f"QuantState.from_dict: unknown entry {unknown[0]}")
+        offset = state2 = None
+        if "nested_absmax" in entries:
+            offset = torch.tensor(float(entries["nested_offset"]), dtype=torch.float32, device=device)
+            state2 = cls(
+                absmax=entries["nested_absmax"].to(device),
+                blocksize=entries["nested_blocksize"],
+                code=entries["nested_quant_map"].to(device),
+                dtype=getattr(torch, entries["nested_dtype"]),
+            )
+        return cls(
+            absmax=entries["absmax"].to(device),
+            shape=None if entries["shape"] is None else torch.Size(entries["shape"]),
+            code=entries["quant_map"].to(device),
+            blocksize=entries["blocksize"],
+            quant_type=entries["quant_type"],
+            dtype=getattr(torch, entries["dtype"]),
+            offset=offset,
+            state2=state2,
+        )
+
+    def as_dict(self, packed: bool = False) -> dict[str, Any]:
+        """The entries of a state dict. packed: only tensors, all that is none as the JSON of one of them."""
+        tensors = {"absmax": self.absmax, "quant_map": self.code}
+        described: dict[str, Any] = {
+            "quant_type": self.quant_type,
+            "blocksize": self.blocksize,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "shape": None if self.shape is None else tuple(self.shape),
+        }
+        if self.nested:
+            tensors["nested_absmax"] = self.state2.absmax
+            # Of its own: safetensors leaves out what shares storage with another entry.
+            tensors["nested_quant_map"] = self.state2.code.clone()
+            described["nested_blocksize"] = self.state2.blocksize
+            described["nested_dtype"] = str(self.state2.dtype).removeprefix("torch.")
+            described["nested_offset"] = self.offset.item()
+        if not packed or self.quant_type is None:
+            return tensors | described
+        return tensors | {f"quant_state.bitsandbytes__{self.quant_type}": pack_dict_to_tensor(described)}
+
+    def to(self, device: torch.device | str | None) -> None:
+        """Move the tensors, in place."""
+        self.code = self.code.to(device)
+        self.absmax = self.absmax.to(device)
+        if self.nested:
+            self.offset = self.offset.to(device)
+            self.state2.to(device)
+
+    def __eq__(self, other: object) -> bool:
+        """Whether they read alike, scales and codes within 1e-6."""
+        if not isinstance(other, QuantState):
+            return False
+        mine = (self.shape, self.dtype, self.blocksize, self.quant_type, self.offset, self.state2)
+        theirs = (other.shape, other.dtype, other.blocksize, other.quant_type, other.offset, other.state2)
+        tables = ((self.absmax, other.absmax), (self.code, other.code))
+        return mine == theirs and all(a.shape == b.shape and torch.allclose(a, b, atol=1e-6) for a, b in tables)
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+def operands(A: Tensor, quant_state: QuantState) -> tuple[Tensor | None, ...]:
+    """What polybit's ops take for a 4-bit tensor: q absmax code nested_absmax nested_code nested_offset, all views."""
+    absmax, nested = quant_state.absmax, quant_state.state2
+    run: tuple[Tensor | None, ...] = (None, None, None)
+    if nested is not None and nested.blocksize == NESTED_BLOCK:
+        run = nested.absmax, nested.code, quant_state.offset
+    elif nested is not None:
+        absmax = _scales(quant_state)
+    code = quant_state.code
+    if code is None:
+        code = get_4bit_type(quant_state.quant_type, device=A.device)
+    return _bytes(A), absmax, code, *run
+
+
+def _bytes(A: Tensor) -> Tensor:
+    q = A.detach()
+    return q if q.dtype == torch.uint8 else q.reshape(-1).view(torch.uint8)
+
+
+def _scales(quant_state: QuantState) -> Tensor:
+    """fp32 scales."""
+    absmax: Tensor = quant_state.absmax
+    if quant_state.nested:
+        absmax = dequantize_blockwise(absmax, quant_state.state2) + quant_state.offset
+    return absmax.float()
+
+
+def _out(value: Tensor, out: Tensor | None) -> Tensor:
+    return value if out is None else out.copy_(value)
+
+
+def _check_float(A: Tensor) -> None:
+    if A.dtype not in KERNEL_DTYPES:
+        raise ValueError(f"blockwise quantization takes fp32, fp16 or bf16, got {A.dtype}")
+
+
+def quantize_4bit(
+    A: Tensor,
+    absmax: Tensor | None = None,
+    out: Tensor | None = None,
+    blocksize: int | None = None,
+    compress_statistics: bool = False,
+    quant_type: str = "fp4",
+    quant_storage: torch.dtype = torch.uint8,
+) -> tuple[Tensor, QuantState]:
+    """Packed codes [(n + 1) // 2, 1] of A (fp32, fp16 or bf16, n elements), and how to read them.
+
+    absmax, out: where to copy scales and codes to. blocksize: elements per scale, 32...4096 (default 64).
+    compress_statistics: double quantization. quant_storage: the dtype that the bytes are viewed as. Raises ValueError
+    for another quant_type than nf4 and fp4, a wrong blocksize or dtype.
+    """
+    blocksize = 64 if blocksize is None else blocksize
+    if blocksize not in BLOCKSIZES:
+        raise ValueError(f"blocksize must be one of {BLOCKSIZES}, got {blocksize}")
+    if quant_type not in QuantState.valid_quant_types:
+        raise ValueError(f"quant_type must be 'nf4' or 'fp4', got {quant_type!r}")
+    _check_float(A)
+    tables = get_format(quant_type).on(A.device)
+    q, scales = ops.quantize_kbit(A.detach(), *tables, blocksize, 4, 0)
+    state = QuantState(scales, A.shape, tables.code.clone(), blocksize, quant_type, A.dtype)
+    if compress_statistics:
+        map8 = _dynamic_map(A.device).clone()
+        state.absmax, nested_absmax, state.offset = ops.quantize_absmax(scales, map8)
+        state.state2 = QuantState(nested_absmax, code=map8, blocksize=NESTED_BLOCK, dtype=torch.float32)
+        state.nested = True
+    if absmax is not None:
+        state.absmax = absmax.copy_(state.absmax)
+    return _out(q.view(quant_storage).view(-1, 1), out), state
+
+
+def quantize_fp4(
+    A: Tensor,
+    absmax: Tensor | None = None,
+    out: Tensor | None = None,
+    blocksize: int | None = None,
+    compress_statistics: bool = False,
+    quant_storage: torch.dtype = torch.uint8,
+) -> tuple[Tensor, QuantState]:
+    """quantize_4bit to fp4."""
+    return quantize_4bit(A, absmax, out, blocksize, compress_statistics, "fp4", quant_storage)
+
+
+def quantize_nf4(
+    A: Tensor,
+    absmax: Tensor | None = None,
+    out: Tensor | None = None,
+    blocksize: int | None = None,
+    compress_statistics: bool = False,
+    quant_storage: torch.dtype = torch.uint8,
+) -> tuple[Tensor, QuantState]:
+    """quantize_4bit to nf4."""
+    return quantize_4bit(A, absmax, out, blocksize, compress_statistics, "nf4", quant_storage)
+
+
+def dequantize_4bit(
+    A: Tensor,
+    quant_state: QuantState | None = None,
+    absmax: Tensor | None = None,
+    out: Tensor | None = None,
+    blocksize: int | None = None,
+    quant_type: str = "fp4",
+) -> Tensor:
+    """The values of packed codes, in the shape and dtype of the state.
+
+    Without a state, `absmax` (fp32) and `out` give them. The result is transposed if A is (a row of bytes). Raises
+    ValueError if neither is given, or for a wrong quant_type or blocksize.
+    """
+    if quant_state is None:
+        if absmax is None or out is None:
+            raise ValueError("dequantize_4bit: needs a quant_state, or absmax and out")
+        blocksize = 64 if blocksize is None else blocksize
+        quant_state = QuantState(absmax, out.shape, None, blocksize, quant_type, out.dtype)
+    if quant_state.blocksize not in BLOCKSIZES:
+        raise ValueError(f"blocksize must be one of {BLOCKSIZES}, got {quant_state.blocksize}")
+    if quant_state.quant_type not in QuantState.valid_quant_types:
+        raise ValueError(f"quant_type must be 'nf4' or 'fp4', got {quant_state.quant_type!r}")
+    y = _dequantize_4bit(A, quant_state)
+    y = _out(y, out)
+    return y.t() if A.dim() == 2 and A.shape[0] == 1 and A.shape[1] > 1 else y
+
+
+def _dequantize_4bit(A: Tensor, state: QuantState) -> Tensor:
+    y: Tensor = ops.dequantize_kbit(*operands(A, state), state.blocksize, 4, 0, 0, state.dtype, list(state.shape))
+    return y
+
+
+def dequantize_fp4(
+    A: Tensor,
+    quant_state: QuantState | None = None,
+    absmax: Tensor | None = None,
+    out: Tensor | None = None,
+    blocksize: int | None = None,
+) -> Tensor:
+    """dequantize_4bit of fp4."""
+    return dequantize_4bit(A, quant_state, absmax, out, blocksize, "fp4")
+
+
+def dequantize_nf4(
+    A: Tensor,
+    quant_state: QuantState | None = None,
+    absmax: Tensor | None = None,
+    out: Tensor | None = None,
+    blocksize: int | None = None,
+) -> Tensor:
+    """dequantize_4bit of nf4."""
+    return dequantize_4bit(A, quant_state, absmax, out, blocksize, "nf4")
+
+
+def _dynamic_map(device: torch.device) -> Tensor:
+    return get_format("dynamic8").on(device).code
+
+
+def quantize_blockwise(
+    A: Tensor,
+    code: Tensor | None = None,
+    absmax: Tensor | None = None,
+    out: Tensor | None = None,
+    blocksize: int = 4096,
+    nested: bool = False,
+) -> tuple[Tensor, QuantState]:
+    """8-bit codes of A (fp32, fp16 or bf16), uint8 like A, and how to read them.
+
+    code: fp32 [256], ascending (default: the signed dynamic map). absmax, out: where to copy scales and codes to.
+    blocksize: a power of two, 16...4096. nested: quantize the scales, too. Raises ValueError for a wrong blocksize or
+    dtype.
+    """
+    _check_float(A)
+    code = _dynamic_map(A.device) if code is None else code.to(A.device)
+    q, scales = ops.quantize_blockwise(A.detach(), code, blocksize)
+    state = QuantState(scales, code=code.clone(), blocksize=blocksize, dtype=A.dtype)
+    if nested:
+        state.offset = scales.mean()
+        state.absmax, state.state2 = quantize_blockwise(scales - state.offset, blocksize=blocksize)
+        state.nested = True
+    if absmax is not None:
+        state.absmax = absmax.copy_(state.absmax)
+    return _out(q, out), state
+
+
+def dequantize_blockwise(
+    A: Tensor,
+    quant_state: QuantState | None = None,
+    absmax: Tensor | None = None,
+    code: Tensor | None = None,
+    out: Tensor | None = None,
+    blocksize: int = 4096,
+    nested: bool = False,
+) -> Tensor:
+    """The values of 8-bit codes, like A, in the dtype of the state.
+
+    Without a state, `absmax` [blocks], `code` (default: the signed dynamic map) and `blocksize`: in fp32. Raises
+    ValueError if neither is given, or if A is not uint8.
+    """
+    if quant_state is None:
+        if absmax is None:
+            raise ValueError("dequantize_blockwise: needs a quant_state or absmax")
+        code = _dynamic_map(A.device) if code is None else code
+        quant_state = QuantState(absmax, code=code, blocksize=blocksize, dtype=torch.float32)
+    if A.dtype != torch.uint8:
+        raise ValueError(f"dequantize_blockwise: A must be uint8, got {A.dtype}")
+    code = quant_state.code.to(A.device)
+    return _out(ops.dequantize_blockwise(A, _scales(quant_state), code, quant_state.blocksize, quant_state.dtype), out)
+
+
+def gemv_4bit(
+    A: Tensor,
+    B: Tensor,
+    out: Tensor | None = None,
+    transposed_A: bool = False,
+    transposed_B: bool = False,
+    state: QuantState | None = None,
+) -> Tensor:
+    """A [..., K] times a 4-bit weight [N, K], transposed: [..., N]. Raises ValueError without a state."""
+    if state is None:
+        raise ValueError("gemv_4bit: needs the state that quantize_4bit gave")
+    return _out(matmul_packed(A, B, state, None), out)
+
+
+def matmul_packed(A: Tensor, B: Tensor, state: QuantState, bias: Tensor | None) -> Tensor:
+    """A [..., K] times a 4-bit weight of state.shape [N, K], plus bias [N] of A's dtype: [..., N]. Differentiable."""
+    y: Tensor = ops.matmul_kbit(A, *operands(B, state), bias, None, state.shape[0], state.blocksize, 4, 0, 0)
+    return y
+
+
+def int8_vectorwise_quant(A: Tensor, threshold: float = 0.0) -> tuple[Tensor, Tensor, Tensor | None]:
+    """int8 codes of the rows of A [..., K], fp32 scales [rows], outlier columns (int64, None for threshold 0).
+
+    Columns with an |a| >= threshold get codes of 0 and do not count in the scales.
+    """
+    q, absmax, outlier = ops.quantize_int8(A, float(threshold))
+    return q, absmax, outlier.nonzero().view(-1) if threshold > 0.0 else None
+
+
+def int8_vectorwise_dequant(A: Tensor, stats: Tensor) -> Tensor:
+    """The fp32 values of int8 rows A [..., K] with the scales [rows]: A stats / 127."""
+    y: Tensor = ops.dequantize_int8(A, stats.reshape(-1).float(), torch.float32)
+    return y
+
+
+def int8_double_quant(
+    A: Tensor,
+    col_stats: Tensor | None = None,
+    row_stats: Tensor | None = None,
+    out_col: Tensor | None = None,
+    out_row: Tensor | None = None,
+    threshold: float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    """A [rows, columns] quantized by rows and by columns: codes, codes by columns, both scales, outlier columns.
+
+    Raises ValueError if one of the arguments that only hold a place is given.
+    """
+    given = {"col_stats": col_stats, "row_stats": row_stats, "out_col": out_col, "out_row": out_row}
+    if names := [name for name, value in given.items() if value is not None]:
+        raise ValueError(f"int8_double_quant: {names[0]} must be None, results are always new tensors")
+    by_row, row_absmax, outliers = int8_vectorwise_quant(A, threshold)
+    inner = A.masked_fill(A.abs() >= threshold, 0.0) if threshold > 0.0 else A
+    by_column, column_absmax, _ = int8_vectorwise_quant(inner.t().contiguous())
+    return by_row, by_column.t().contiguous(), row_absmax, column_absmax, outliers
+
+
+double_quant = int8_double_quant
+
+
+def int8_linear_matmul(A: Tensor, B: Tensor, out: Tensor | None = None, dtype: torch.dtype = torch.int32) -> Tensor:
+    """A int8 [..., K] times B int8 [N, K], transposed: exact int32 [..., N]."""
+    return _out(ops.matmul_int8(A, B), out)
+
+
+def int8_mm_dequant(
+    A: Tensor, row_stats: Tensor, col_stats: Tensor, out: Tensor | None = None, bias: Tensor | None = None
+) -> Tensor:
+    """fp16 values of an int32 product A [..., N]: A row_stats col_stats / 127^2 + bias."""
+    return _out(int8_product_values(A, row_stats, col_stats, bias, torch.float16), out)
+
+
+def int8_product_values(
+    A: Tensor, row_stats: Tensor, col_stats: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """An int32 product A [..., N] with the scales of its rows and columns, plus bias, in fp32, rounded to the dtype."""
+    rows = row_stats.float().view(*A.shape[:-1], 1)
+    y = A.float() * (rows * col_stats.float() * (1.0 / (127.0 * 127.0)))
+    return (y if bias is None else y + bias.float()).to(dtype)
+
+
+def get_4bit_type(typename: str, device: torch.device | str | None = None, blocksize: int = 64) -> Tensor:
+    """The 16 values of "nf4", "fp4" or "int4", fp32, on `device` (default: the CPU).
+
+    Raises NotImplementedError for another name.
+    """
+    if typename not in ("nf4", "fp4", "int4"):
+        raise NotImplementedError(f"get_4bit_type: {typename!r} is not supported")
+    return get_format(typename).on("cpu" if device is None else device).code.clone()

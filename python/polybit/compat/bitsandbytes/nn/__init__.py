@@ -1,0 +1,37 @@
+"""Quantized layers and parameters under the names, and in the layout, of bitsandbytes."""
+
+from __future__ import annotations
+
+from polybit.compat.bitsandbytes.nn import parametrize
+from polybit.compat.bitsandbytes.nn.modules import (
+    Embedding,
+    Embedding4bit,
+    Embedding8bit,
+    EmbeddingFP4,
+    EmbeddingNF4,
+    Int8Params,
+    Linear4bit,
+    Linear8bitLt,
+    LinearFP4,
+    LinearNF4,
+    OutlierAwareLinear,
+    Params4bit,
+    StableEmbedding,
+)
+
+__all__ = [
+    "Embedding",
+    "Embedding4bit",
+    "Embedding8bit",
+    "EmbeddingFP4",
+    "EmbeddingNF4",
+    "Int8Params",
+    "Linear4bit",
+    "Linear8bitLt",
+    "LinearFP4",
+    "LinearNF4",
+    "OutlierAwareLinear",
+    "Params4bit",
+    "StableEmbedding",
+    "parametrize",
+]

@@ -1,0 +1,302 @@
+"""Code written for bitsandbytes on polybit.compat: in processes where the real package cannot be found, and against it.
+
+The programs are in compat_flows.py. Where results must differ, the reason is beside the limit.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from optimizers import parameter, train
+from tools import HERE, PACKAGE, run_python
+
+if os.environ.get("CI") != "true":
+    pytest.importorskip("bitsandbytes")
+
+
+def run_flow(who: str, flow: str, folder: Path) -> dict[str, torch.Tensor]:
+    """What a program of compat_flows.py has found."""
+    done = subprocess.run(
+        [sys.executable, str(HERE / "compat_flows.py"), who, flow, str(folder)],
+        env={**os.environ, "PYTHONPATH": str(PACKAGE.parent)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    found: dict[str, torch.Tensor] = torch.load(folder / f"{who}.pt")
+    return found
+
+
+def error(x: torch.Tensor, want: torch.Tensor) -> float:
+    return float((x - want).norm() / want.norm())
+
+
+def test_from_pretrained_gives_what_bitsandbytes_gives(tmp_path: Path) -> None:
+    """Llama and GPT-2 in 4 and 8 bits, and the real one's checkpoints opened here, entry by entry the same."""
+    theirs, ours = run_flow("bitsandbytes", "pretrained", tmp_path), run_flow("polybit", "pretrained", tmp_path)
+    assert len(ours) == 2 * (1 + 2 * 5)
+    for key, value in ours.items():
+        # int8: in training on a CPU theirs does not quantize activations, which is what is compared with.
+        # double: the mean of the scales is summed in another order; one more or less in the code of a scale.
+        limit = 0.02 if "int8" in key else 1e-3 if key.endswith("double") else 1e-5
+        assert error(value, theirs[key.removesuffix(" theirs")]) < limit, key
+
+
+def test_adapters_of_peft(tmp_path: Path) -> None:
+    """Nine methods on 4 and 8 bits: trained, saved, reloaded, merged, unmerged."""
+    ours = run_flow("polybit", "adapters", tmp_path)
+    assert len(ours) == 18
+
+
+def test_optimizers_of_trainer(tmp_path: Path) -> None:
+    """Six by name: what three steps have changed, against the real ones."""
+    theirs, ours = run_flow("bitsandbytes", "trainer", tmp_path), run_flow("polybit", "trainer", tmp_path)
+    assert ours.keys() == theirs.keys() and len(ours) == 12
+    for key, value in ours.items():
+        # 8 bits: theirs takes not always the nearest code (docs/bitsandbytes.md).
+        limit = 0.05 if "8bit" in key else 1e-5
+        assert error(value, theirs[key]) < limit, key
+
+
+def test_nothing_happens_before_install() -> None:
+    run_python(
+        "import sys, polybit\n"
+        "assert 'polybit.compat' not in sys.modules\n"
+        "assert not any('compat' in type(f).__module__ for f in sys.meta_path)\n"
+        "import polybit.compat.bitsandbytes as bnb\n"
+        "assert 'bitsandbytes' not in sys.modules and bnb.nn.Linear4bit(64, 8).to('cpu').weight.shape == (256, 1)\n"
+    )
+
+
+def test_install_wins_answers_and_is_lazy() -> None:
+    """Also over an installed one; the metadata; a second call; caches that were filled before."""
+    run_python(
+        "import sys, importlib.metadata as m, importlib.util\n"
+        "import polybit.compat\n"
+        "polybit.compat.install(); polybit.compat.install()\n"
+        "assert sum(type(f).__name__ == 'Finder' for f in sys.meta_path) == 1\n"
+        "assert m.version('bitsandbytes') == '0.50.2' and m.metadata('bitsandbytes')['Name'] == 'bitsandbytes'\n"
+        "assert importlib.util.find_spec('bitsandbytes') and 'bitsandbytes' not in sys.modules\n"
+        "import bitsandbytes.optim.adam, bitsandbytes.nn.modules as a, polybit.compat.bitsandbytes.nn.modules as b\n"
+        "assert a is b and bitsandbytes.nn.Params4bit is b.Params4bit\n"
+        "assert 'bitsandbytes' in bitsandbytes.optim.AdamW8bit.__module__\n"
+        "try:\n import bitsandbytes.cextension\n"
+        "except ModuleNotFoundError: pass\n"
+        "else: raise AssertionError\n"
+    )
+
+
+def test_install_refuses_behind_the_real_one() -> None:
+    done = run_python("import bitsandbytes, polybit.compat\npolybit.compat.install()", check=False)
+    assert (
+        done.returncode == 1 and "RuntimeError: polybit.compat.install: bitsandbytes has been imported" in done.stderr
+    )
+
+
+def test_run_replaces_it_for_scripts_modules_and_their_children(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    child = "import bitsandbytes, sys; print(bitsandbytes.__name__, sys.argv[1:])"
+    script.write_text(
+        f"import subprocess, sys, bitsandbytes\nprint(bitsandbytes.__name__, sys.argv[1:], __name__, flush=True)\n"
+        f"subprocess.run([sys.executable, '-c', {child!r}, 'b'], check=True)\n"
+    )
+    want = "polybit.compat.bitsandbytes ['a'] __main__\npolybit.compat.bitsandbytes ['b']\n"
+    for arguments in ([str(script), "a"], ["-m", "script", "a"]):
+        done = subprocess.run(
+            [sys.executable, "-m", "polybit.run", *arguments],
+            env={**os.environ, "PYTHONPATH": str(PACKAGE.parent)},
+            capture_output=True,
+            text=True,
+            check=False,
+            cwd=tmp_path,
+        )
+        assert done.stdout == want, done.stderr
+    nothing = run_python(
+        "import runpy, sys\nsys.argv = ['x']\nrunpy.run_module('polybit.run', run_name='__main__')", check=False
+    )
+    assert nothing.returncode == 2 and "usage: python -m polybit.run" in nothing.stderr
+
+
+# What is not offered, and why. docs/bitsandbytes.md says the same.
+RAW = "raw library"
+OLD = "deprecated there"
+PAGED = "paged memory by hand; optimizers page by themselves"
+MISSING = {
+    "functional.GlobalPageManager": PAGED,
+    "functional.get_paged": PAGED,
+    "functional.prefetch_tensor": PAGED,
+    "functional.fill": PAGED,
+    "functional.elementwise_func": PAGED,
+    "functional.CUBLAS_Context": RAW,
+    "functional.get_ptr": RAW,
+    "functional.is_on_gpu": RAW,
+    "functional.has_avx512bf16": RAW,
+    "functional.igemm": OLD,
+    "functional.batched_igemm": OLD,
+    "functional.check_matmul": OLD,
+    "functional.create_dynamic_map": "codebooks are polybit.get_format(name).code",
+    "functional.create_fp8_map": "codebooks are polybit.get_format(name).code",
+    "functional.create_linear_map": "codebooks are polybit.get_format(name).code",
+    "functional.create_normal_map": "codebooks are polybit.get_format(name).code",
+    "functional.optimizer_update_32bit": "not done yet",
+    "functional.optimizer_update_8bit_blockwise": "not done yet",
+    "optim.lars.PytorchLARS": "a reference; torch.optim.Optimizer classes are not ours to give",
+    "optim.PytorchLARS": "a reference; torch.optim.Optimizer classes are not ours to give",
+    "autograd._functions.GlobalOutlierPooler": "nothing has used it",
+    "autograd._functions.MatMul4Bit": "matmul_4bit is differentiable itself",
+    "autograd._functions.MatMul8bitFp": "matmul is differentiable itself",
+    "autograd._functions.MatMul8bitLt": "matmul is differentiable itself",
+}
+# Of optimizers: how the real ones make their states and page them.
+MEMBERS = ("fill_qmap", "get_state_buffer", "prefetch_state")
+
+DUMP = """
+import importlib, inspect, json, sys
+package = sys.argv[1]
+modules = '''. functional nn nn.modules nn.parametrize optim optim.optimizer optim.adam optim.adamw optim.adagrad
+optim.ademamix optim.lamb optim.lars optim.lion optim.rmsprop optim.sgd utils autograd._functions'''.split()
+found = {}
+def signature(value):
+    try:
+        parameters = inspect.signature(value).parameters.values()
+    except (TypeError, ValueError):
+        return None
+    return [[p.name, str(p.kind), None if p.default is p.empty else str(p.default)] for p in parameters]
+for name in modules:
+    prefix = '' if name == '.' else name + '.'
+    module = importlib.import_module(package + (f'.{name}' if prefix else ''))
+    for key, value in vars(module).items():
+        known = inspect.isclass(value) or inspect.isfunction(value)
+        if key.startswith('_') or not known or not value.__module__.startswith(package):
+            continue
+        if value.__module__ != module.__name__ and name not in ('.', 'nn', 'optim'):
+            continue
+        found[prefix + key] = signature(value)
+        if inspect.isclass(value) and value.__module__ == module.__name__:
+            for member in dir(value):
+                if not member.startswith('_') and callable(getattr(value, member, None)):
+                    found[f'{prefix}{key}.{member}'] = signature(getattr(value, member))
+print(json.dumps(found))
+"""
+
+
+def dump(package: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(run_python(f"import sys\nsys.argv = ['x', {package!r}]\n{DUMP}").stdout)
+    return found
+
+
+def test_every_public_name_has_its_signature() -> None:
+    """All that the real package defines: names, order, kinds and defaults of parameters."""
+    theirs, ours = dump("bitsandbytes"), dump("polybit.compat.bitsandbytes")
+    assert len(theirs) > 150
+    owners = tuple(f"{name}." for name in MISSING)
+    missing = {
+        name for name in theirs.keys() - ours.keys() if not name.startswith(owners) and not name.endswith(MEMBERS)
+    }
+    assert missing == set(MISSING), missing ^ set(MISSING)
+    different = {name: (ours[name], want) for name, want in theirs.items() if name in ours and ours[name] != want}
+    assert different == {}
+
+
+@pytest.mark.parametrize("name", ["AdamW8bit", "AdamW", "Lion8bit", "SGD8bit", "AdEMAMix8bit"])
+def test_states_of_optimizers_go_both_ways(name: str) -> None:
+    """Theirs, loaded and saved here, has the same entries, bytes and options, and loads there again."""
+    import bitsandbytes as theirs
+
+    import polybit.compat.bitsandbytes as ours
+
+    options: dict[str, Any] = {"lr": 1e-3, **({"momentum": 0.9} if name == "SGD8bit" else {})}
+    first = parameter(60, 103)
+    there = getattr(theirs.optim, name)([first], **options)
+    train(there, 0, 5)
+    saved = there.state_dict()
+    second = torch.nn.Parameter(first.detach().clone())
+    here = getattr(ours.optim, name)([second], **options)
+    here.load_state_dict(saved)
+    again = here.state_dict()
+    state, want = again["state"][0], saved["state"][0]
+    assert state.keys() == want.keys() and state["step"] == want["step"] == 5
+    wrapped = "__bnb_optimizer_quant_state__"
+    assert state[wrapped].keys() == want[wrapped].keys()
+    for key, value in want[wrapped].items():
+        assert state[wrapped][key].dtype == value.dtype and torch.equal(state[wrapped][key], value), key
+    assert set(saved["param_groups"][0]) <= set(again["param_groups"][0])
+    for key, value in saved["param_groups"][0].items():
+        assert again["param_groups"][0][key] == value, key
+    back = getattr(theirs.optim, name)([torch.nn.Parameter(first.detach().clone())], **options)
+    back.load_state_dict(again)
+    train(back, 5, 6)
+    train(here, 5, 6)
+    train(there, 5, 6)
+    torch.testing.assert_close(back.param_groups[0]["params"][0], first, rtol=0, atol=0)
+    torch.testing.assert_close(second, first, rtol=0, atol=1e-3 * (0.2 if "8bit" in name else 1e-3))
+
+
+def test_options_of_single_parameters() -> None:
+    import polybit.compat.bitsandbytes as bnb
+
+    table, weight = bnb.nn.StableEmbedding(100, 64), parameter(64, 80)
+    slow = parameter(64, 80)
+    optimizer = bnb.optim.Adam8bit([table.weight, weight, slow], lr=1e-2)
+    bnb.optim.GlobalOptimManager.get_instance().override_config(slow, "lr", 0.0)
+    before = slow.detach().clone()
+    for param in (table.weight, weight, slow):
+        param.grad = torch.ones_like(param)
+    optimizer.step()
+    assert optimizer.state[table.weight]["state1"].dtype == torch.float32
+    assert optimizer.state[weight]["state1"].dtype == torch.uint8
+    assert torch.equal(slow, before) and len(optimizer.param_groups) == 1
+    with pytest.raises(ValueError, match="optim_bits must keep its default 32"):
+        bnb.optim.Adam8bit([weight], optim_bits=8)
+    with pytest.raises(NotImplementedError, match="max_unorm"):
+        bnb.optim.LAMB([weight], max_unorm=0.5)
+
+
+def test_layers_load_what_they_save() -> None:
+    """Where the real ones raise or go wrong: into a fresh layer, on the meta device, embeddings, odd widths."""
+    import polybit.compat.bitsandbytes as bnb
+
+    torch.manual_seed(0)
+    makers: list[Any] = [
+        lambda: bnb.nn.LinearNF4(96, 10),
+        lambda: bnb.nn.LinearFP4(33, 7, compress_statistics=False),
+        lambda: bnb.nn.Linear4bit(64, 8, quant_storage=torch.bfloat16),
+        lambda: bnb.nn.Linear8bitLt(48, 10, has_fp16_weights=False, threshold=6.0),
+        lambda: bnb.nn.EmbeddingNF4(20, 40),
+        lambda: bnb.nn.Embedding8bit(20, 40),
+    ]
+    for make in makers:
+        layer, fresh = make().to("cpu"), make()
+        with torch.device("meta"):
+            empty = make()
+        x = torch.arange(20) if isinstance(layer, torch.nn.Embedding) else torch.randn(3, layer.in_features)
+        want = layer(x)
+        fresh.load_state_dict(layer.state_dict())
+        empty.load_state_dict(layer.state_dict(), assign=True)
+        assert torch.equal(fresh(x), want) and torch.equal(empty(x), want) and torch.equal(layer.eval()(x), want)
+        saved, again = layer.state_dict(), fresh.state_dict()
+        assert saved.keys() == again.keys() and all(torch.equal(value, again[key]) for key, value in saved.items())
+
+
+def test_ops_have_the_schemas_of_bitsandbytes() -> None:
+    """All but the updates of optimizers, which are not done yet."""
+    code = (
+        "import torch\n{}\n"
+        "ops = torch.ops.bitsandbytes\n"
+        "names = {{s.name.partition('::')[2]: str(s) for s in torch._C._jit_get_all_schemas()"
+        " if s.name.startswith('bitsandbytes::')}}\n"
+        "print(sorted(str(s) for s in torch._C._jit_get_all_schemas() if s.name.startswith('bitsandbytes::')))\n"
+    )
+    real = run_python(code.format("import bitsandbytes")).stdout
+    ours = run_python(code.format("import polybit.compat; polybit.compat.install(); import bitsandbytes")).stdout
+    want = [schema for schema in ast.literal_eval(real) if "optimizer_update" not in schema]
+    assert len(want) == 17 and ast.literal_eval(ours) == want
