@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.machinery
 import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -43,7 +44,7 @@ def block_and_install() -> None:
 
     from polybit.compat import bitsandbytes as same
 
-    assert ours is same and ours.__file__ is not None and "site-packages" not in ours.__file__
+    assert ours is same and ours.__file__ == str(Path(polybit.compat.__file__).parent / "bitsandbytes" / "__init__.py")
     assert isinstance(ours.__spec__, importlib.machinery.ModuleSpec)
 
 
@@ -51,6 +52,7 @@ WHO, FLOW, FOLDER = sys.argv[1], sys.argv[2], Path(sys.argv[3])
 if WHO == "polybit":
     block_and_install()
 
+import tokenizers
 import torch
 import transformers
 from safetensors import safe_open
@@ -88,6 +90,23 @@ def logits(model: Any) -> Tensor:
     return found
 
 
+def compared(model: Any) -> Tensor:
+    """Logits, of the real one in training: the same in dequantized weights, where evaluation is in bf16."""
+    if WHO == "bitsandbytes":
+        model.train()
+        model.config.use_cache = False
+        for module in model.modules():
+            module.p = 0.0 if isinstance(module, torch.nn.Dropout) else getattr(module, "p", None)
+    return logits(model)
+
+
+def word_tokenizer(**special: str) -> Any:
+    words = tokenizers.models.WordLevel({f"w{k}": k for k in range(200)}, unk_token="w0")
+    raw = tokenizers.Tokenizer(words)
+    raw.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="w0", **special)
+
+
 def pretrained() -> None:
     """from_pretrained, forward, generate, save, reload, pipeline, dequantize."""
     for name, model in models().items():
@@ -98,18 +117,16 @@ def pretrained() -> None:
             key = f"{name} {kind}"
             saved = FOLDER / WHO / key
             quantized.save_pretrained(saved)  # before a forward pass: there the real one changes its weights
-            if WHO == "bitsandbytes":
-                quantized.train()  # the same in dequantized weights, where evaluation is in bf16
-                quantized.config.use_cache = False
-                for module in quantized.modules():
-                    module.p = 0.0 if isinstance(module, torch.nn.Dropout) else getattr(module, "p", None)
-            out[key] = logits(quantized)
+            out[key] = compared(quantized)
             if WHO == "bitsandbytes":
                 continue
             other = transformers.AutoModelForCausalLM.from_pretrained(saved)
             assert torch.equal(logits(other), out[key]), key
             eaten = quantized.generate(TOKENS, max_new_tokens=4, do_sample=False, pad_token_id=0)
             assert eaten.shape == (2, 13)
+            pipe = transformers.pipeline("text-generation", model=quantized, tokenizer=word_tokenizer())
+            (said,) = pipe("w3 w14 w25", max_new_tokens=4, do_sample=False)
+            assert len(re.findall(r"w\d+", said["generated_text"])) == 7, said
             again = load(FOLDER / name, kind)
             restored = again.dequantize()
             assert not any("bit" in type(module).__name__ for module in restored.modules())
@@ -124,6 +141,44 @@ def pretrained() -> None:
                 held = opened.state_dict()
                 for entry, value in written.items():
                     assert held[entry].dtype == value.dtype and torch.equal(held[entry], value), (key, entry)
+
+
+def opened() -> None:
+    """What the other one has saved."""
+    for folder in sorted((FOLDER / {"polybit": "bitsandbytes", "bitsandbytes": "polybit"}[WHO]).iterdir()):
+        out[folder.name] = compared(transformers.AutoModelForCausalLM.from_pretrained(folder))
+
+
+def sft() -> None:
+    """TRL's SFTTrainer, with LoRA on 4 and 8 bits and a paged optimizer by name."""
+    import datasets
+    import peft
+    import trl
+
+    torch.manual_seed(3)
+    config = transformers.LlamaConfig(vocab_size=200, **SIZES, initializer_range=0.2)
+    transformers.LlamaForCausalLM(config).save_pretrained(FOLDER / "llama")
+    texts = [" ".join(f"w{(row + k) % 8 + 5}" for k in range(12)) for row in range(32)]
+    # With a fingerprint, because the pins of datasets, dill and pyarrow cannot hash a table: they fail to pickle it.
+    data = datasets.Dataset(datasets.table.InMemoryTable.from_pydict({"text": texts}), fingerprint="texts")
+    for kind in ("nf4 double", "int8"):
+        arguments = trl.SFTConfig(
+            str(FOLDER / kind), max_steps=20, per_device_train_batch_size=8, learning_rate=2e-2, logging_steps=1,
+            save_strategy="no", use_cpu=True, bf16=False, report_to=[], disable_tqdm=True, seed=1,
+            dataset_text_field="text", optim="paged_adamw_8bit",
+        )  # fmt: skip
+        run = trl.SFTTrainer(
+            load(FOLDER / "llama", kind, dtype=torch.float32),
+            args=arguments,
+            train_dataset=data,
+            processing_class=word_tokenizer(eos_token="w1"),
+            peft_config=peft.LoraConfig(r=4, target_modules="all-linear"),
+        )
+        run.train()
+        assert "bitsandbytes" in str(type(run.optimizer.optimizer))
+        losses = [entry["loss"] for entry in run.state.log_history if "loss" in entry]
+        assert len(losses) == 20 and losses[-1] < 0.8 * losses[0], losses
+        out[kind] = torch.tensor(losses)
 
 
 def adapters() -> None:
@@ -200,5 +255,5 @@ def trainer() -> None:
         assert "bitsandbytes" in str(type(run.optimizer.optimizer))
 
 
-{"pretrained": pretrained, "adapters": adapters, "trainer": trainer}[FLOW]()
+{"pretrained": pretrained, "opened": opened, "adapters": adapters, "trainer": trainer, "sft": sft}[FLOW]()
 torch.save(out, FOLDER / f"{WHO}.pt")

@@ -8,9 +8,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from polybit.compat.bitsandbytes.optim.optimizer import update_parameter
 from polybit.compat.bitsandbytes.utils import pack_dict_to_tensor, unpack_tensor_to_dict
 from polybit.formats import get_format
 from polybit.qtensor import KERNEL_DTYPES, NESTED_BLOCK
+from polybit.spec import codebooks
 
 ops = torch.ops.polybit
 
@@ -447,3 +449,100 @@ def get_4bit_type(typename: str, device: torch.device | str | None = None, block
     if typename not in ("nf4", "fp4", "int4"):
         raise NotImplementedError(f"get_4bit_type: {typename!r} is not supported")
     return get_format(typename).on("cpu" if device is None else device).code.clone()
+
+
+def create_dynamic_map(signed: bool = True, max_exponent_bits: int = 7, total_bits: int = 8) -> Tensor:
+    """The dynamic map of 8 bits, fp32 [256], ascending; unsigned: that of second moments.
+
+    Raises NotImplementedError for other numbers of bits.
+    """
+    if (max_exponent_bits, total_bits) != (7, 8):
+        raise NotImplementedError("create_dynamic_map: only max_exponent_bits=7 with total_bits=8")
+    return codebooks.dynamic(signed).code
+
+
+def create_linear_map(signed: bool = True, total_bits: int = 8, add_zero: bool = True) -> Tensor:
+    """Evenly spaced values of [-1, 1] with zero twice, or of [0, 1]: fp32 [256], ascending.
+
+    Raises NotImplementedError for another number of bits, or without zero.
+    """
+    if total_bits != 8 or not add_zero:
+        raise NotImplementedError("create_linear_map: only total_bits=8 with add_zero=True")
+    return codebooks.linear(signed).code
+
+
+def create_fp8_map(signed: bool = True, exponent_bits: int = 5, precision_bits: int = 2, total_bits: int = 8) -> Tensor:
+    """All values of a signed float of 8 bits over the largest, fp32 [256], ascending.
+
+    Raises NotImplementedError for another number of bits, or without a sign; ValueError if the bits do not add up.
+    """
+    if not signed or total_bits != 8:
+        raise NotImplementedError("create_fp8_map: only signed=True with total_bits=8")
+    if exponent_bits + precision_bits != 7:
+        raise ValueError(f"create_fp8_map: {exponent_bits} and {precision_bits} bits and the sign do not make 8")
+    return codebooks.fp8(exponent_bits, precision_bits).code
+
+
+def optimizer_update_32bit(
+    optimizer_name: str,
+    g: Tensor,
+    p: Tensor,
+    state1: Tensor,
+    beta1: float,
+    eps: float,
+    step: int,
+    lr: float,
+    state2: Tensor | None = None,
+    beta2: float = 0.0,
+    beta3: float = 0.0,
+    alpha: float = 0.0,
+    weight_decay: float = 0.0,
+    gnorm_scale: float = 1.0,
+    unorm_vec: Tensor | None = None,
+    max_unorm: float = 0.0,
+    skip_zeros: bool = False,
+) -> None:
+    """Step `step` (from 1) of a parameter p with the gradient g, in place, states in fp32.
+
+    optimizer_name: "adam", "ademamix" (state1 [2, *p.shape]), "lion", "momentum", "rmsprop", "adagrad", "lamb" or
+    "lars". gnorm_scale multiplies g; unorm_vec is left alone. Raises ValueError for another name or impossible numbers,
+    NotImplementedError for skip_zeros and clipped updates.
+    """
+    state = {"state1": state1, "state2": state2}
+    betas = beta1, beta2, beta3
+    update_parameter(
+        optimizer_name, p, g, state, step, gnorm_scale, lr=lr, betas=betas, eps=eps, alpha=alpha,
+        weight_decay=weight_decay, max_unorm=max_unorm, skip_zeros=skip_zeros,
+    )  # fmt: skip
+
+
+def optimizer_update_8bit_blockwise(
+    optimizer_name: str,
+    g: Tensor,
+    p: Tensor,
+    state1: Tensor,
+    state2: Tensor | None,
+    beta1: float,
+    beta2: float,
+    beta3: float,
+    alpha: float,
+    eps: float,
+    step: int,
+    lr: float,
+    qmap1: Tensor,
+    qmap2: Tensor | None,
+    absmax1: Tensor,
+    absmax2: Tensor | None,
+    weight_decay: float = 0.0,
+    gnorm_scale: float = 1.0,
+    skip_zeros: bool = False,
+) -> None:
+    """The same with states of uint8 codes, absmax fp32 [blocks of 256] and maps fp32 [256]."""
+    state = {
+        "state1": state1, "state2": state2, "qmap1": qmap1, "qmap2": qmap2, "absmax1": absmax1, "absmax2": absmax2
+    }  # fmt: skip
+    betas = beta1, beta2, beta3
+    update_parameter(
+        optimizer_name, p, g, state, step, gnorm_scale, lr=lr, betas=betas, eps=eps, alpha=alpha,
+        weight_decay=weight_decay, skip_zeros=skip_zeros,
+    )  # fmt: skip

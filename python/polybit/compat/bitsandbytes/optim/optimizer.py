@@ -303,3 +303,37 @@ class Optimizer1State(Optimizer8bit):
     ) -> None:
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         self._setup(optimizer_name, params, defaults, optim_bits, args, min_8bit_size, max_unorm, skip_zeros, is_paged)
+
+
+@torch.no_grad()
+def update_parameter(
+    optimizer_name: str,
+    p: Tensor,
+    g: Tensor,
+    state: dict[str, Tensor | None],
+    step: int,
+    gnorm_scale: float,
+    *,
+    betas: tuple[float, float, float],
+    alpha: float,
+    max_unorm: float | None = None,
+    **options: Any,
+) -> None:
+    """Step `step` of one parameter, in place, with states that the caller keeps (functional.optimizer_update_*)."""
+    param = p.detach()
+    param.grad = g
+    if max_unorm is None:
+        max_unorm = _LAYERWISE.get(optimizer_name, 0.0)
+    bits = 8 if "qmap1" in state else 32
+    optimizer: Optimizer8bit
+    if state["state2"] is None:
+        optimizer = Optimizer1State(
+            optimizer_name, [param], betas=betas[:2], optim_bits=bits, min_8bit_size=0, max_unorm=max_unorm, **options
+        )
+    else:
+        optimizer = Optimizer2State(
+            optimizer_name, [param], betas=betas if optimizer_name == "ademamix" else betas[:2], optim_bits=bits,
+            min_8bit_size=0, max_unorm=max_unorm, alpha=alpha, **options,
+        )  # fmt: skip
+    optimizer.state[param] = {"step": step - 1, **{name: value for name, value in state.items() if value is not None}}
+    optimizer._update(gnorm_scale)
