@@ -13,6 +13,7 @@ from polybit.compat.bitsandbytes.utils import pack_dict_to_tensor, unpack_tensor
 from polybit.formats import get_format
 from polybit.qtensor import KERNEL_DTYPES, NESTED_BLOCK
 from polybit.spec import codebooks
+from polybit.spec.int8 import INVERSE
 
 ops = torch.ops.polybit
 
@@ -437,7 +438,7 @@ def int8_product_values(
 ) -> Tensor:
     """An int32 product A [..., N] with the scales of its rows and columns, plus bias, in fp32, rounded to the dtype."""
     rows = row_stats.float().view(*A.shape[:-1], 1)
-    y = A.float() * (rows * col_stats.float() * (1.0 / (127.0 * 127.0)))
+    y = A.float() * ((rows * INVERSE) * (col_stats.float() * INVERSE))
     return (y if bias is None else y + bias.float()).to(dtype)
 
 
