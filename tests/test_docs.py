@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import inspect
-import json
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import nbformat
 import pytest
 import typer.main
+from nbclient import NotebookClient
 from tools import PACKAGE, run_python
 
+import polybit
 from polybit import cli
 
 ROOT = Path(__file__).parent.parent
@@ -90,14 +93,50 @@ def test_the_readme_has_an_example() -> None:
     assert "README.md" in dict(BLOCKS)
 
 
-def test_the_notebook_runs() -> None:
-    """Its cells, one after the other in one interpreter, as a kernel runs them; it was saved without outputs."""
-    notebook = json.loads((ROOT / "examples" / "quickstart.ipynb").read_text(encoding="utf-8"))
-    cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
-    assert notebook["nbformat"] == 4 and len(cells) == 6
-    assert not any(cell["outputs"] or cell["execution_count"] for cell in cells)
-    done = run_python("\n\n".join("".join(cell["source"]) for cell in cells))
-    assert "closest to the first: The cat is lying on a rug." in done.stdout
+def numbers(text: str) -> list[float]:
+    """Those with a decimal point."""
+    return [float(number) for number in re.findall(r"\d+\.\d+", text)]
+
+
+@pytest.fixture(scope="module")
+def notebook() -> nbformat.NotebookNode:
+    return nbformat.read(ROOT / "examples" / "quickstart.ipynb", as_version=nbformat.NO_CONVERT)
+
+
+def test_the_notebook_is_kept_as_its_author_wrote_it(notebook: nbformat.NotebookNode) -> None:
+    """Valid, without outputs, and with nothing of the machine that it was last run on."""
+    nbformat.validate(notebook)
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert notebook.metadata.kernelspec.name == "python3" and set(notebook.metadata.language_info) == {"name"}
+    assert all(cell.outputs == [] and cell.execution_count is None for cell in cells)
+    assert not any(cell.metadata for cell in notebook.cells)
+    assert not [line for cell in cells for line in cell.source.splitlines() if re.search(r"""["'](/|~|\w:\\)""", line)]
+
+
+def test_the_notebook_runs(notebook: nbformat.NotebookNode, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Jupyter runs it: by nbclient, in a kernel of its own, which must find the polybit under test."""
+    for name in [name for name in os.environ if name.startswith("POLYBIT_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("PYTHONPATH", str(PACKAGE.parent))
+    monkeypatch.setenv("JUPYTER_PLATFORM_DIRS", "1")  # else jupyter_core warns
+    for name in ("IPYTHONDIR", "JUPYTER_RUNTIME_DIR", "JUPYTER_CONFIG_DIR"):  # nothing of the user's own
+        monkeypatch.setenv(name, str(tmp_path / name))
+    ran = copy.deepcopy(notebook)
+    ran.cells.append(nbformat.v4.new_code_cell("import sys; print(sys.executable, polybit.__file__)"))
+    NotebookClient(ran, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    cells = [cell for cell in ran.cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
+    printed = ["".join(out.text for out in cell.outputs if out.get("name") == "stdout") for cell in cells]
+    _, tensor, model, close, mixed, saved, trained, where = printed
+    assert where.split() == [sys.executable, polybit.__file__]
+    assert "4.14 bits a weight, relative squared error 0.0085" in tensor
+    assert "86.7 -> 50.9 MiB" in model and "format=nf4, block_size=64, double_quant=True" in model
+    assert numbers(close) == pytest.approx([0.971, 0.9734, 0.9723, 0.9775], abs=2e-3)
+    assert "closest to the first: The cat is lying on a rug." in close
+    assert numbers(mixed) == pytest.approx([0.9736, 0.9835], abs=2e-3)
+    assert saved == "['config.json', 'model.safetensors']\n"
+    losses = [float(loss) for loss in re.findall(r"step \d: loss (\S+)", trained)]
+    assert losses == sorted(losses, reverse=True) and losses[0] == pytest.approx(0.0236, abs=2e-3) and len(losses) == 10
 
 
 def test_files_exist() -> None:
