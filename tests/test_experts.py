@@ -161,6 +161,25 @@ def test_load_save_reload_dequantize(dense: dict[str, tuple[Any, Path]], tmp_pat
     assert torch.equal(logits(load(model, tmp_path / "restored")), logits(restored))
 
 
+@pytest.mark.parametrize("block_size", (64, 4096))
+@pytest.mark.parametrize("format", ("nf4", "lloyd3"))
+@pytest.mark.parametrize("name", MODELS)
+def test_one_by_one_as_all_at_once(dense: dict[str, tuple[Any, Path]], name: str, format: str, block_size: int) -> None:
+    """The parts of a stack that is merged of experts are those of the dense stack, also where blocks straddle experts.
+
+    Qwen's experts have 4096 and 2048 weights. The scales of scales are taken over the whole stack.
+    """
+    model, folder = dense[name]
+    config = PolybitConfig(format, block_size=block_size)
+    loaded = load(model, folder, quantization_config=config, dtype=torch.bfloat16)
+    for key, weight in stacks(loaded).items():
+        want = quantize(model.get_parameter(key).bfloat16(), format, block_size=block_size)
+        assert weight.inner_tensors().keys() == want.inner_tensors().keys() > {"nested_absmax"}
+        for part, inner in want.inner_tensors().items():
+            assert torch.equal(weight.inner_tensors()[part], inner), part
+        assert weight.same_layout(want) and weight.form == want.form and weight.dtype == torch.bfloat16
+
+
 @pytest.mark.parametrize("name", ("mixtral", "qwen3"))
 def test_experts_that_are_not_hit_are_not_read(dense: dict[str, tuple[Any, Path]], name: str) -> None:
     model, folder = dense[name]

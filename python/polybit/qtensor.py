@@ -465,13 +465,19 @@ def quantize(
         q, absmax = torch.ops.polybit.quantize_kbit(x, code, thresholds, order, block_size, format.bits, int(search))
     else:
         q, absmax = torch.ops.polybit.quantize_blockwise(x, code, block_size)
-    nested: tuple[Tensor, ...] = ()
-    if double_quant:
-        nested_code = get_format("dynamic8").on(x.device).code.clone()
-        absmax, nested_absmax, nested_offset = torch.ops.polybit.quantize_absmax(absmax, nested_code)
-        nested = (nested_absmax, nested_code, nested_offset)
     # The tables are shared between all users of the format, a tensor owns its copy.
-    return assemble(q, absmax, code.clone(), *nested, block_size=block_size, **layout)
+    out = assemble(q, absmax, code.clone(), block_size=block_size, **layout)
+    return quantize_scales(out) if double_quant else out
+
+
+def quantize_scales(weight: QTensor) -> QTensor:
+    """Double quantization of a tensor without it: the same codes, the scales [blocks] in 8 bits."""
+    nested_code = get_format("dynamic8").on(weight.q.device).code.clone()
+    absmax, nested_absmax, nested_offset = torch.ops.polybit.quantize_absmax(weight.absmax.view(-1), nested_code)
+    return assemble(
+        weight.q, absmax, weight.code, nested_absmax, nested_code, nested_offset,
+        shape=weight.shape, dtype=weight.dtype, **weight.form,
+    )  # fmt: skip
 
 
 # torch.load(weights_only=True) may make QTensors: they hold tensors, numbers and a format's name.

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from copy import copy
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.core_model_loading import ConversionOps
+from transformers.core_model_loading import (
+    Concatenate,
+    ConversionOps,
+    MergeModulelist,
+    WeightConverter,
+)
 from transformers.integrations.accelerate import get_device
 
 from polybit import checkpoint
 from polybit.nn import Settings
+from polybit.nn.experts import fits_experts, quantize_stack
 from polybit.nn.module import describe
 from polybit.qtensor import QTensor
 
@@ -21,7 +29,7 @@ class _OfOurWeights(ConversionOps):  # type: ignore[misc]
     def __init__(self, hf_quantizer: Any) -> None:
         self.hf_quantizer = hf_quantizer
 
-    def _deliver(self, weight: QTensor, expected: QTensor, name: str, missing_keys: set[str] | None) -> Tensors:
+    def deliver(self, weight: QTensor, expected: QTensor, name: str, missing_keys: set[str] | None) -> Tensors:
         # What the loader puts into the model: the whole as a Parameter; or the parts that it writes to a disk.
         if weight.shape != expected.shape or not expected.same_layout(weight):
             got, wanted = (f"{describe(w)}, shape {list(w.shape)}" for w in (weight, expected))
@@ -49,8 +57,51 @@ class Quantize(_OfOurWeights):
             if name.removesuffix(".weight") in self.hf_quantizer.conv1d:
                 dense = dense.t()
             weight = Settings.of(expected).quantize(dense)
-            out |= self._deliver(weight, expected, name, missing_keys)
+            out |= self.deliver(weight, expected, name, missing_keys)
         return out
+
+
+class MergeExperts(WeightConverter):  # type: ignore[misc]
+    """Makes a quantized stack of what a checkpoint has for each expert: one is read and quantized after the other."""
+
+    __slots__ = ()
+
+    def convert(
+        self,
+        layer_name: str,
+        model: Any = None,
+        config: Any = None,
+        hf_quantizer: Any = None,
+        loading_info: Any = None,
+    ) -> Tensors:
+        """{layer_name: quantized Parameter}, or its parts for a disk. What is not quantized is merged as ever."""
+        operation: Quantize | None = self.quantization_operation
+        expected: Any = None if operation is None else model.get_parameter(layer_name)
+        settings = Settings.of(expected) if isinstance(expected, QTensor) else None
+        if operation is None or settings is None or not fits_experts(expected.shape, settings):
+            return super().convert(layer_name, model, config, hf_quantizer, loading_info)  # type: ignore[no-any-return]
+        collected: Tensors = self.collected_tensors
+        patterns, reads = list(collected), zip(*collected.values(), strict=True)
+
+        def experts() -> Iterator[Tensor]:
+            for read in reads:
+                collected.update((pattern, [one]) for pattern, one in zip(patterns, read, strict=True))
+                merged = super(MergeExperts, self).convert(layer_name, model, config, loading_info=loading_info)
+                yield merged[layer_name][0]
+
+        weight = quantize_stack(experts(), expected.shape, settings)
+        return operation.deliver(weight, expected, layer_name, loading_info.missing_keys)
+
+
+def expert_by_expert(conversion: Any) -> Any:
+    """The same conversion as a MergeExperts, if it merges experts and then works on each of them alone."""
+    if type(conversion) is WeightConverter and len(conversion.target_patterns) == 1:
+        first, *rest = conversion.operations
+        merges = isinstance(first, MergeModulelist) and first.dim == 0
+        if merges and all(isinstance(operation, Concatenate) and operation.dim > 0 for operation in rest):
+            conversion = copy(conversion)
+            conversion.__class__ = MergeExperts
+    return conversion
 
 
 class Deserialize(_OfOurWeights):
@@ -82,7 +133,7 @@ class Deserialize(_OfOurWeights):
                 raise ValueError(f"{full_layer_name} is quantized in the checkpoint, its config.json leaves it alone")
             return {key: _cast(model, full_layer_name, tensor) for key, tensor in tensors.items()}
         loaded = checkpoint.from_tensors(tensors, prefix, dtype=expected.dtype)
-        return self._deliver(loaded, expected, full_layer_name, missing_keys)
+        return self.deliver(loaded, expected, full_layer_name, missing_keys)
 
 
 def _cast(model: Any, name: str, tensor: Tensor) -> Tensor:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from functools import cache
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
+from polybit.nn.counterpart import Settings
 from polybit.nn.module import QuantizedModule
-from polybit.qtensor import QTensor
+from polybit.qtensor import QTensor, quantize_scales
 
 
 class QuantizedExperts(QuantizedModule):
@@ -44,3 +46,24 @@ def dequantize_experts_(module: QuantizedExperts, dtype: torch.dtype | None = No
     del module.quantized
     for name, weight in weights.items():
         module.register_parameter(name, nn.Parameter(weight.dequantize().to(dtype or weight.dtype)))
+
+
+def fits_experts(shape: torch.Size, settings: Settings) -> bool:
+    """Whether each expert of a stack of this shape [experts, rows, columns] holds whole blocks."""
+    return settings.format == "int8" or shape[1:].numel() % settings.block_size == 0
+
+
+def quantize_stack(experts: Iterable[Tensor], shape: torch.Size, settings: Settings) -> QTensor:
+    """What settings.quantize makes of a dense stack of this shape, of which only one expert need be in memory.
+
+    experts: shape[0] tensors [rows, columns], each of which holds whole blocks (`fits_experts`).
+    """
+    plain = replace(settings, double_quant=False)
+    stack: QTensor | None = None
+    for i, dense in enumerate(experts):
+        if stack is None:
+            meta = torch.empty(shape, dtype=dense.dtype, device="meta")
+            stack = cast(QTensor, torch.empty_like(plain.quantize(meta), device=dense.device))
+        cast(QTensor, stack[i]).assign(plain.quantize(dense))
+    assert stack is not None
+    return quantize_scales(stack) if settings.double_quant and settings.format != "int8" else stack
