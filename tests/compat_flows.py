@@ -68,7 +68,6 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "int8": {"load_in_8bit": True, "llm_int8_threshold": 6.0},
     "int8 plain": {"load_in_8bit": True, "llm_int8_threshold": 0.0},
 }
-UNMERGEABLE: tuple[str, ...] = ("adalora", "ia3")  # PEFT has no merge of these on layers of bitsandbytes
 out: dict[str, Any] = {}
 
 
@@ -181,54 +180,120 @@ def sft() -> None:
         out[kind] = torch.tensor(losses)
 
 
+def round_input(module: Any, inputs: tuple[Tensor]) -> tuple[Tensor]:
+    """Round the values of an input to what fp16 holds, as the real int8 layers do; gradients pass as they are."""
+    x = inputs[0]
+    return (x + (x.detach().half().float() - x.detach()),)
+
+
+def requantize(model: Any) -> None:
+    """Round the dense weights that PEFT has merged into as an int8 layer would."""
+    from bitsandbytes import functional
+
+    for name, param in model.named_parameters():
+        if re.search(r"[qv]_proj(\.base_layer)?\.weight$", name):
+            q, scales, _ = functional.int8_vectorwise_quant(param.data.half())
+            param.data.copy_(functional.int8_vectorwise_dequant(q, scales))
+
+
 def adapters() -> None:
-    """Methods of PEFT: a step, save, reload, merge, unmerge, merge_and_unload."""
+    """Methods of PEFT: two steps, save, reload, merge, unmerge, merge_and_unload; what each stage gives."""
     import peft
 
-    models()["llama"].save_pretrained(FOLDER / "llama")
-    targets = ["q_proj", "v_proj"]
+    # In fp16, because the real int8 layers cast weights to that.
+    models()["llama"].half().float().save_pretrained(FOLDER / "llama")
+    common: dict[str, Any] = {"target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
+    first: dict[str, Any] = {**common, "target_modules": ["q_proj"]}
     methods: dict[str, Any] = {
-        "lora": peft.LoraConfig(r=4, target_modules=targets, task_type="CAUSAL_LM"),
-        "dora": peft.LoraConfig(r=4, target_modules=targets, task_type="CAUSAL_LM", use_dora=True),
-        "olora": peft.LoraConfig(r=4, target_modules=targets, task_type="CAUSAL_LM", init_lora_weights="olora"),
-        "adalora": peft.AdaLoraConfig(target_modules=targets, task_type="CAUSAL_LM", total_step=10),
-        "ia3": peft.IA3Config(target_modules=targets, feedforward_modules=[], task_type="CAUSAL_LM"),
-        "vera": peft.VeraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM"),
-        "oft": peft.OFTConfig(oft_block_size=4, target_modules=targets, task_type="CAUSAL_LM"),
-        "randlora": peft.RandLoraConfig(r=8, target_modules=["q_proj"], task_type="CAUSAL_LM"),
-        "road": peft.RoadConfig(target_modules=targets, task_type="CAUSAL_LM"),
+        "lora": peft.LoraConfig(r=4, **common),
+        "dora": peft.LoraConfig(r=4, use_dora=True, **common),
+        "olora": peft.LoraConfig(r=4, init_lora_weights="olora", **common),
+        "adalora": peft.AdaLoraConfig(total_step=10, **common),
+        "ia3": peft.IA3Config(feedforward_modules=[], **common),
+        "vera": peft.VeraConfig(r=4, **first),
+        "oft": peft.OFTConfig(oft_block_size=4, **common),
+        "randlora": peft.RandLoraConfig(r=8, **first),
+        "road": peft.RoadConfig(**common),
+        "boft": peft.BOFTConfig(boft_block_size=4, **common),
+        "miss": peft.MissConfig(r=4, **common),
+        "loha": peft.LoHaConfig(r=4, **common),
+        "lokr": peft.LoKrConfig(r=4, **common),
+        "fourierft": peft.FourierFTConfig(n_frequency=50, **common),
+        "hra": peft.HRAConfig(r=4, **common),
+        "pissa": peft.LoraConfig(r=4, init_lora_weights="pissa", **common),
     }
     for kind in ("nf4", "int8"):
         for name, config in methods.items():
-            torch.manual_seed(0)
             key = f"{kind} {name}"
-            base = peft.prepare_model_for_kbit_training(load(FOLDER / "llama", kind), use_gradient_checkpointing=False)
-            model = peft.get_peft_model(base, config)
-            optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
-            losses = []
-            for _ in range(2):
-                loss = model(TOKENS, labels=TOKENS).loss
-                loss.backward()
-                optimizer.step()
-                optimizer.zero_grad()
-                losses.append(float(loss))
-            out[key] = torch.tensor(losses)
-            assert all(torch.isfinite(out[key])), key
-            model.eval()
-            trained = logits(model)
-            model.save_pretrained(FOLDER / WHO / key)
-            again = peft.PeftModel.from_pretrained(load(FOLDER / "llama", kind), FOLDER / WHO / key).eval()
-            if name != "olora":  # it has changed its base
-                torch.testing.assert_close(logits(again), trained, rtol=1e-3, atol=1e-3)
-            if name in UNMERGEABLE:
-                continue
-            model.merge_adapter()
-            model.unmerge_adapter()
-            change = (logits(model) - trained).norm() / trained.norm()
-            assert change < 0.25, (key, float(change))
-            merged = model.merge_and_unload()
-            change = (logits(merged) - trained).norm() / trained.norm()
-            assert change < 0.25, (key, float(change))
+            if key == "int8 hra":
+                continue  # PEFT rotates the codes
+            # DoRA asks for scales that the real layer has moved elsewhere; dense weights say what is right.
+            dense = WHO == "bitsandbytes" and key == "int8 dora"
+            try:
+                adapter(key, config, dense)
+            except (AttributeError, NotImplementedError, RuntimeError, TypeError) as problem:
+                out[f"{key} raises"] = type(problem).__name__
+
+
+def prepared(kind: str) -> Any:
+    """A quantized model, ready for adapters."""
+    import peft
+
+    model = peft.prepare_model_for_kbit_training(load(FOLDER / "llama", kind), use_gradient_checkpointing=False)
+    for module in model.modules():
+        if type(module).__name__ == "Linear8bitLt":
+            module.register_forward_pre_hook(round_input)
+    return model
+
+
+def adapter(key: str, config: Any, dense: bool) -> None:
+    """One method, on dense layers with the dequantized weights if `dense`; out: "<key> <stage>"."""
+    import peft
+
+    kind = key.partition(" ")[0]
+
+    def stage(name: str) -> Tensor:
+        if dense:
+            requantize(model)
+        out[f"{key} {name}"] = logits(model)
+        return logits(model)
+
+    base = load(FOLDER / "llama", kind).dequantize() if dense else prepared(kind)
+    torch.manual_seed(0)
+    model: Any = peft.get_peft_model(base, config)
+    # On a CPU the real Linear4bit repacks its weight in evaluation, and the real Linear8bitLt does not quantize
+    # activations in training.
+    model.train(WHO == "polybit" or kind == "nf4")
+    trained = {name: param for name, param in model.named_parameters() if param.requires_grad}
+    for param in trained.values():
+        # Most start at the identity. RandLora's random bases make its changes thirty times as large.
+        param.data.add_(torch.randn_like(param), alpha=0.001 if "randlora" in key else 0.02)
+    start = [param.detach().clone() for param in trained.values()]
+    optimizer = torch.optim.SGD(trained.values(), lr=0.1)
+    losses = []
+    for step in range(2):
+        loss = model(TOKENS, labels=TOKENS).loss
+        loss.backward()
+        if step == 0:
+            out[f"{key} gradient"] = torch.cat([param.grad.flatten() for param in trained.values()])
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.detach())
+    out[f"{key} losses"] = torch.stack(losses)
+    out[f"{key} change"] = torch.cat([(p.detach() - old).flatten() for p, old in zip(trained.values(), start)])
+    model.train(WHO == "bitsandbytes" and kind == "nf4")
+    want = stage("trained")
+    if WHO == "polybit" and not key.endswith("olora"):  # that has changed its base
+        model.save_pretrained(FOLDER / key)
+        again = peft.PeftModel.from_pretrained(prepared(kind), FOLDER / key).eval()
+        torch.testing.assert_close(logits(again), want, msg=lambda text: f"{key}: {text}")
+    model.merge_adapter()
+    stage("merged")
+    model.unmerge_adapter()
+    unmerged = stage("unmerged")
+    model = model.merge_and_unload()
+    for found in (unmerged, stage("unloaded")):
+        assert (found - want).norm() < 0.25 * want.norm(), key
 
 
 def trainer() -> None:
