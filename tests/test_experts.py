@@ -18,8 +18,8 @@ import transformers
 from safetensors.torch import load_file
 
 from polybit import PolybitConfig, QTensor, quantize
-from polybit.functional import linear_grouped
-from polybit.nn import Linear4bit, dequantize_
+from polybit.functional import linear_grouped, linear_int8, linear_int8_grouped
+from polybit.nn import Linear4bit, Linear8bit, dequantize_
 from polybit.quantize_folder import quantize_folder
 
 SIZES = {
@@ -104,21 +104,98 @@ def test_product(format: str, transposed: bool) -> None:
     assert torch.equal(torch.autograd.grad(compiled, x, dy)[0], dx)
 
 
+@pytest.mark.parametrize("threshold", (0.0, 2.5))
+def test_product_in_int8(threshold: float) -> None:
+    """Against one product for each expert: empty groups, rows behind the last, outliers that one group alone has."""
+    g = torch.Generator().manual_seed(1)
+    weight = quantize(torch.randn(4, 24, 20, generator=g), "int8")
+    x = torch.randn(11, 20, generator=g)
+    x[4, 7] = 30.0
+    x.requires_grad_()
+    ends = torch.tensor([3, 3, 8, 9], dtype=torch.int32)
+    parts = [linear_int8(x[a:b], weight[e], threshold=threshold) for e, a, b in ((0, 0, 3), (2, 3, 8), (3, 8, 9))]
+    want = torch.cat([*parts, torch.zeros(2, 24)])
+    y = linear_int8_grouped(x, weight, ends, threshold=threshold)
+    assert torch.equal(y, want) and not torch.equal(y, linear_int8_grouped(x, weight, ends))
+    exact = torch.cat([x[a:b] @ weight[e].dequantize().t() for e, a, b in ((0, 0, 3), (2, 3, 8), (3, 8, 9))])
+    assert (y[:9] - exact).norm() < (0.01 if threshold else 0.05) * exact.norm()
+    dy = torch.randn(y.shape, generator=g)
+    (dx,) = torch.autograd.grad(y, x, dy)
+    assert torch.equal(dx, torch.autograd.grad(want, x, dy)[0]) and bool((dx[9:] == 0).all())
+    torch.compiler.reset()
+    compiled = torch.compile(linear_int8_grouped, backend="aot_eager")(x, weight, ends, threshold=threshold)
+    assert torch.equal(compiled, y)
+
+
 def test_product_refuses() -> None:
-    weight, x, ends = quantize(torch.ones(2, 8, 16), "nf4"), torch.ones(3, 16), torch.tensor([1, 3], dtype=torch.int32)
-    assert linear_grouped(x, weight, ends).shape == (3, 8)
-    for error, message, change in (
-        (ValueError, "must be k-bit, got int8", {"weight": quantize(torch.ones(2, 8, 16), "int8")}),
-        (ValueError, "3 dimensions", {"weight": quantize(torch.ones(8, 16), "nf4")}),
-        (ValueError, r"x must be \[T, 16\]", {"x": torch.ones(3, 8)}),
-        (ValueError, r"x must be \[T, 8\]", {"transposed": True}),
-        (TypeError, "x must be fp32", {"x": x.double()}),
-        (TypeError, "group_end must be int32", {"group_end": ends.long()}),
-        (ValueError, r"shape \[2\]", {"group_end": ends[:1]}),
-        (ValueError, "x is on meta", {"x": x.to("meta")}),
-    ):
-        with pytest.raises(error, match=message):
-            linear_grouped(**{"x": x, "weight": weight, "group_end": ends} | change)  # type: ignore[arg-type]
+    x, ends = torch.ones(3, 16), torch.tensor([1, 3], dtype=torch.int32)
+    kbit, int8 = quantize(torch.ones(2, 8, 16), "nf4"), quantize(torch.ones(2, 8, 16), "int8")
+    for function, weight, other in ((linear_grouped, kbit, int8), (linear_int8_grouped, int8, kbit)):
+        assert function(x, weight, ends).shape == (3, 8)  # type: ignore[operator]
+        for error, message, change in (
+            (ValueError, f"must be {'k-bit' if other is int8 else 'int8'}, got {other.format_name}", {"weight": other}),
+            (ValueError, "3 dimensions", {"weight": weight[0]}),
+            (ValueError, r"x must be \[T, 16\]", {"x": torch.ones(3, 8)}),
+            (TypeError, "x must be fp32", {"x": x.double()}),
+            (TypeError, "group_end must be int32", {"group_end": ends.long()}),
+            (ValueError, r"shape \[2\]", {"group_end": ends[:1]}),
+            (ValueError, "x is on meta", {"x": x.to("meta")}),
+        ):
+            with pytest.raises(error, match=message):
+                function(**{"x": x, "weight": weight, "group_end": ends} | change)  # type: ignore[operator]
+    with pytest.raises(ValueError, match=r"x must be \[T, 8\]"):
+        linear_grouped(x, kbit, ends, transposed=True)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ("mixtral", "qwen3", "deepseek"))
+def test_int8(dense: dict[str, tuple[Any, Path]], tmp_path: Path, name: str) -> None:
+    """Each expert computes what a Linear8bit of its weights does with the tokens that chose it; saved and opened."""
+    model, folder = dense[name]
+    config = PolybitConfig("int8", threshold=2.0, overrides={"*.1.*.down_proj": {"threshold": 0.0}})
+    quantized = load(model, folder, quantization_config=config)
+    found = stacks(quantized)
+    assert len(found) == (2 if name == "deepseek" else 4) and {w.format_name for w in found.values()} == {"int8"}
+    for key, weight in found.items():
+        assert weight.stored_bytes == weight.numel() + weight.numel() // weight.shape[2] * 4
+        original = quantize(model.get_parameter(key), "int8")
+        assert torch.equal(weight.q, original.q) and torch.equal(weight.absmax, original.absmax)
+    print(f"{name}: {model.get_memory_footprint()} bytes dense, {quantized.get_memory_footprint()} in int8")
+
+    module, plain = quantized.model.layers[1].mlp.experts, model.model.layers[1].mlp.experts
+    assert module.thresholds == {"gate_up_proj": 2.0, "down_proj": 0.0}
+    g = torch.Generator().manual_seed(2)
+    x = torch.randn(5, 64, generator=g)
+    chosen, shares = torch.tensor([[0, 2], [2, 1], [0, 2], [2, 0], [1, 2]]), torch.rand(5, 2, generator=g)
+    want = torch.zeros(5, 64)
+    for expert in range(3):
+        token, place = (chosen == expert).nonzero(as_tuple=True)
+        layers = [nn.Linear(w.shape[2], w.shape[1], bias=False) for w in (plain.gate_up_proj, plain.down_proj)]
+        for layer, w in zip(layers, (plain.gate_up_proj, plain.down_proj), strict=True):
+            layer.weight.copy_(w[expert])
+        up, down = (Linear8bit.from_linear(layer, threshold=t) for layer, t in zip(layers, (2.0, 0.0), strict=True))
+        want.index_add_(0, token, down(plain._apply_gate(up(x[token]))) * shares[token, place].unsqueeze(-1))
+    torch.testing.assert_close(module(x, chosen, shares), want, rtol=1e-5, atol=1e-7)
+    before = module(x, chosen, shares)
+    for stack in (module.gate_up_proj, module.down_proj):
+        stack.absmax[3] = float("nan")
+    assert torch.equal(module(x, chosen, shares), before)  # who has not been hit is not read
+
+    quantized = load(model, folder, quantization_config=config)
+    want, exact = logits(quantized), logits(model)
+    assert 1e-4 < (want - exact).norm() / exact.norm() < 0.03
+    for generation in ("first", "second"):
+        quantized.save_pretrained(tmp_path / generation)
+        quantized = load(model, tmp_path / generation)
+        assert torch.equal(logits(quantized), want) and stacks(quantized).keys() == found.keys()
+    first, second = ((tmp_path / which / "model.safetensors").read_bytes() for which in ("first", "second"))
+    assert first == second
+    half = load(model, tmp_path / "first", dtype=torch.bfloat16)
+    assert {w.dtype for w in stacks(half).values()} == {torch.bfloat16} and logits(half).dtype == torch.bfloat16
+    assert (logits(half).float() - want).norm() < 0.05 * want.norm()
+    restored = quantized.dequantize()
+    assert not stacks(restored) and {type(m) for m in restored.modules()} == {type(m) for m in model.modules()}
+    assert (logits(restored) - want).norm() < 0.03 * want.norm()
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -240,8 +317,9 @@ def test_which_stacks_are_quantized(dense: dict[str, tuple[Any, Path]], tmp_path
         loaded.save_pretrained(tmp_path / str(i))
         again = load(model, tmp_path / str(i))
         assert stacks(again).keys() == want.keys() and torch.equal(logits(again), logits(loaded))
-    with pytest.raises(ValueError, match=r"experts.gate_up_proj is a stack of experts.*no product in int8.*skip="):
-        load(model, folder, quantization_config=PolybitConfig("int8"))
+    other, its = dense["gpt_oss"]
+    with pytest.raises(ValueError, match=r"experts.gate_up_proj is a stack .* \[experts, in, out\], and int8.*skip="):
+        load(other, its, quantization_config=PolybitConfig("int8"))
     with pytest.raises(ValueError, match="matches no Linear"):
         load(model, folder, quantization_config=PolybitConfig(overrides={"nothing": "nf3"}))
     config = PolybitConfig(skip=["*.experts.*", "experts", "gate", "lm_head"])
@@ -252,15 +330,16 @@ def test_which_stacks_are_quantized(dense: dict[str, tuple[Any, Path]], tmp_path
 
 
 @pytest.mark.filterwarnings("ignore:Attempting to save a model with offloaded modules")
-def test_on_a_disk(dense: dict[str, tuple[Any, Path]], tmp_path: Path) -> None:
+@pytest.mark.parametrize("format", ("nf4", "int8"))
+def test_on_a_disk(dense: dict[str, tuple[Any, Path]], tmp_path: Path, format: str) -> None:
     model, folder = dense["mixtral"]
-    want = load(model, folder, quantization_config=PolybitConfig())
+    want = load(model, folder, quantization_config=PolybitConfig(format))
     device_map = dict.fromkeys(
         ("model.embed_tokens", "model.layers.0", "model.norm", "model.rotary_emb", "lm_head"), "cpu"
     )
     device_map["model.layers.1"] = "disk"
     options: Any = {"device_map": device_map, "offload_folder": tmp_path / "offload"}
-    away = load(model, folder, quantization_config=PolybitConfig(), **options)
+    away = load(model, folder, quantization_config=PolybitConfig(format), **options)
     assert away.get_parameter("model.layers.1.mlp.experts.down_proj").is_meta
     assert torch.equal(logits(away), logits(want))
     away.save_pretrained(tmp_path / "saved")
@@ -290,15 +369,15 @@ def test_module_functions(dense: dict[str, tuple[Any, Path]]) -> None:
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`")
 @pytest.mark.parametrize("where", ("attention", "experts"))
-@pytest.mark.parametrize("name", ("mixtral", "gpt_oss"))
-def test_lora(dense: dict[str, tuple[Any, Path]], tmp_path: Path, name: str, where: str) -> None:
+@pytest.mark.parametrize(("name", "format"), (("mixtral", "nf4"), ("mixtral", "int8"), ("gpt_oss", "nf4")))
+def test_lora(dense: dict[str, tuple[Any, Path]], tmp_path: Path, name: str, format: str, where: str) -> None:
     """Trains beside frozen quantized experts, or on them; saved, opened and merged."""
     model, folder = dense[name]
     options: dict[str, Any] = {"target_modules": ["q_proj", "v_proj"]}
     if where == "experts":
         options = {"target_modules": [], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
     torch.manual_seed(4)
-    base = load(model, folder, quantization_config=PolybitConfig())
+    base = load(model, folder, quantization_config=PolybitConfig(format))
     before = {name: weight.q.clone() for name, weight in stacks(base).items()}
     adapted = peft.get_peft_model(base, peft.LoraConfig(r=4, **options)).train()
     optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=1e-2)
@@ -314,7 +393,7 @@ def test_lora(dense: dict[str, tuple[Any, Path]], tmp_path: Path, name: str, whe
     assert after.keys() == before.keys() and all(torch.equal(q, after[name]) for name, q in before.items())
     want = logits(adapted)
     adapted.save_pretrained(tmp_path)
-    again = peft.PeftModel.from_pretrained(load(model, folder, quantization_config=PolybitConfig()), tmp_path)
+    again = peft.PeftModel.from_pretrained(load(model, folder, quantization_config=PolybitConfig(format)), tmp_path)
     assert torch.equal(logits(again), want)
     merged = adapted.merge_and_unload()
     assert stacks(merged).keys() == before.keys()

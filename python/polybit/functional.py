@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any, cast
 
 import torch
@@ -13,7 +14,15 @@ from polybit.backends import deterministic
 from polybit.backends.selection import constant_in_traces
 from polybit.qtensor import KERNEL_DTYPES, TORCH_FUNCTIONS, QTensor, quantize
 
-__all__ = ["embedding", "linear", "linear_grouped", "linear_int8", "linear_int8_trained", "quantize"]
+__all__ = [
+    "embedding",
+    "linear",
+    "linear_grouped",
+    "linear_int8",
+    "linear_int8_grouped",
+    "linear_int8_trained",
+    "quantize",
+]
 
 
 @constant_in_traces  # torch 2.6 cannot trace it
@@ -85,6 +94,24 @@ def linear(x: Tensor, weight: QTensor, bias: Tensor | None = None, *, activation
     return cast(Tensor, torch.ops.polybit.matmul_kbit(x, *weight.operands(), bias, None, *sizes))
 
 
+def _check_grouped(name: str, x: Tensor, weight: QTensor, group_end: Tensor, transposed: bool) -> int:
+    shape, device = weight.shape, weight.q.device
+    if len(shape) != 3:
+        raise ValueError(f"{name}: weight must have 3 dimensions, got {list(shape)}")
+    experts, n, k = shape[0], *(shape[:0:-1] if transposed else shape[1:])
+    if x.dim() != 2 or x.shape[1] != k:
+        raise ValueError(f"{name}: x must be [T, {k}], got {list(x.shape)}")
+    if x.dtype not in KERNEL_DTYPES:
+        raise TypeError(f"{name}: x must be fp32, fp16 or bf16, got {x.dtype}")
+    if group_end.dtype != torch.int32:
+        raise TypeError(f"{name}: group_end must be int32, got {group_end.dtype}")
+    if group_end.shape != (experts,):
+        raise ValueError(f"{name}: group_end must have shape {[experts]}, got {list(group_end.shape)}")
+    if x.device != device or group_end.device != device:
+        raise ValueError(f"{name}: x is on {x.device}, group_end on {group_end.device}, the weight on {device}")
+    return n
+
+
 def linear_grouped(x: Tensor, weight: QTensor, group_end: Tensor, *, transposed: bool = False) -> Tensor:
     """y[i] = x[i] W[e]^T for the rows i of group e: each expert of a mixture on the tokens that chose it.
 
@@ -96,20 +123,8 @@ def linear_grouped(x: Tensor, weight: QTensor, group_end: Tensor, *, transposed:
     """
     if weight.format.kind != "kbit":
         raise ValueError(f"linear_grouped: weight must be k-bit, got {weight.format_name}")
-    x, shape, device = _compute_dtype(x), weight.shape, weight.q.device
-    if len(shape) != 3:
-        raise ValueError(f"linear_grouped: weight must have 3 dimensions, got {list(shape)}")
-    experts, n, k = shape[0], *(shape[:0:-1] if transposed else shape[1:])
-    if x.dim() != 2 or x.shape[1] != k:
-        raise ValueError(f"linear_grouped: x must be [T, {k}], got {list(x.shape)}")
-    if x.dtype not in KERNEL_DTYPES:
-        raise TypeError(f"linear_grouped: x must be fp32, fp16 or bf16, got {x.dtype}")
-    if group_end.dtype != torch.int32:
-        raise TypeError(f"linear_grouped: group_end must be int32, got {group_end.dtype}")
-    if group_end.shape != (experts,):
-        raise ValueError(f"linear_grouped: group_end must have shape {[experts]}, got {list(group_end.shape)}")
-    if x.device != device or group_end.device != device:
-        raise ValueError(f"linear_grouped: x is on {x.device}, group_end on {group_end.device}, the weight on {device}")
+    x = _compute_dtype(x)
+    n = _check_grouped("linear_grouped", x, weight, group_end, transposed)
     ops = torch.ops.polybit
     product = ops.matmul_kbit_grouped_transposed if transposed else ops.matmul_kbit_grouped
     sizes = n, weight.block_size, weight.bits, weight.place, 0
@@ -133,6 +148,28 @@ def linear_int8(x: Tensor, weight: QTensor, bias: Tensor | None = None, *, thres
         bias = bias.to(x.dtype)
     by_row = int(deterministic())
     return cast(Tensor, torch.ops.polybit.linear_int8(x, weight.q, weight.absmax, bias, float(threshold), by_row))
+
+
+def linear_int8_grouped(x: Tensor, weight: QTensor, group_end: Tensor, *, threshold: float = 6.0) -> Tensor:
+    """y[i] = x[i] W[e]^T for the rows i of group e, as linear_int8 has it: one product for each expert that has rows.
+
+    x, group_end: as in linear_grouped; weight: an int8 QTensor [E, N, K]; threshold: as in linear_int8, each group with
+    outlier columns of its own. Returns y [T, N] in x's dtype (autocast's, where it is on); rows behind the last
+    group are zero. Differentiable in x. The host reads group_end: it waits for the device, and torch.compile breaks the
+    graph here. Raises TypeError or ValueError when dtypes, shapes or devices do not fit, or for another format.
+    """
+    if weight.format.kind != "int8":
+        raise ValueError(f"linear_int8_grouped: weight must be int8, got {weight.format_name}")
+    x = _compute_dtype(x)
+    n = _check_grouped("linear_int8_grouped", x, weight, group_end, False)
+    q, absmax, by_row = weight.q, weight.absmax, int(deterministic())
+    ends = [0, *group_end.tolist()]
+    products = [
+        torch.ops.polybit.linear_int8(x[start:end], q[expert], absmax[expert], None, float(threshold), by_row)
+        for expert, (start, end) in enumerate(pairwise(ends))
+        if start < end
+    ]
+    return torch.cat([*products, x.new_zeros(len(x) - ends[-1], n)])
 
 
 def linear_int8_trained(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, threshold: float = 6.0) -> Tensor:

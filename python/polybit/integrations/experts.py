@@ -12,7 +12,6 @@ from transformers.core_model_loading import WeightConverter
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from polybit import functional
-from polybit.formats import get_format
 from polybit.nn import Settings
 from polybit.nn.convert import matches, read_override
 from polybit.nn.experts import QuantizedExperts, quantize_experts_
@@ -47,30 +46,33 @@ def _matches(name: str, last: str, pattern: str) -> bool:
 def prepare(model: nn.Module, config: Any) -> None:
     """Replace the stacks of `model`, on the meta device, by quantized ones without content, as a PolybitConfig says.
 
-    Raises ValueError for int8, of which there is no product with groups.
+    Raises ValueError for int8 where stacks are stored [experts, in, out]: it has a scale for each output.
     """
-    base = Settings(config.format, config.block_size, config.double_quant, config.search)
+    base = Settings(config.format, config.block_size, config.double_quant, config.search, config.threshold)
     rules = {
         pattern: read_override(f"overrides[{pattern!r}]", override, base)
         for pattern, override in config.overrides.items()
     }
     chosen: dict[nn.Module, dict[str, QTensor]] = {}
+    thresholds: dict[nn.Module, dict[str, float]] = {}
     for name, module, last in stacks(model):
         wishes = [settings for pattern, settings in rules.items() if _matches(name, last, pattern)]
         skipped = any(_matches(name, last, pattern) for pattern in config.skip or ())
         settings = wishes[0] if wishes else None if skipped else base
         if not settings:
             continue
-        if get_format(settings.format).kind != "kbit":
+        if settings.format == "int8" and cast(Any, module).is_transposed:
             raise ValueError(
-                f"PolybitConfig: {name}.{last} is a stack of experts, for which there is no product in "
-                f"{settings.format}: give it a k-bit format, overrides={{'*.experts': 'nf4'}}, or skip=['experts']"
+                f"PolybitConfig: {name}.{last} is a stack of experts stored [experts, in, out], and int8 has a scale "
+                "for each output: give it a k-bit format, overrides={'*.experts': 'nf4'}, or skip=['experts']"
             )
         parameter = getattr(module, last)
         empty = torch.empty_like(settings.quantize(parameter.detach().to("meta")), device=parameter.device)
         chosen.setdefault(module, {})[last] = cast(QTensor, empty)
+        if settings.format == "int8":
+            thresholds.setdefault(module, {})[last] = settings.threshold
     for module, weights in chosen.items():
-        quantize_experts_(module, weights)
+        quantize_experts_(module, weights, thresholds.get(module, {}))
         cast(Any, module.config)._experts_implementation = IMPLEMENTATION
 
 
@@ -96,7 +98,7 @@ def has_quantized(model: nn.Module) -> bool:
 
 
 def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    """What the forward of an experts module does, by a product with groups for each stack.
+    """What the forward of an experts module does, by a product with groups for each stack; int8: one for each expert.
 
     hidden_states [tokens, hidden]; top_k_index: int64 [tokens, k], experts from `num_experts` up give nothing;
     top_k_weights [tokens, k]. Returns [tokens, hidden] in the dtype of hidden_states. A stack that is not quantized is
@@ -116,7 +118,10 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
 
             return cast(Tensor, _grouped_linear(x, weight, ends, bias, self.is_transposed))
         x = x if x.dtype in KERNEL_DTYPES else x.to(weight.dtype)
-        y = functional.linear_grouped(x, weight, ends, transposed=self.is_transposed)
+        if weight.format_name == "int8":
+            y = functional.linear_int8_grouped(x, weight, ends, threshold=self.thresholds[name])
+        else:
+            y = functional.linear_grouped(x, weight, ends, transposed=self.is_transposed)
         return y if bias is None else y + bias
 
     x = product(hidden_states[order // k], "gate_up_proj" if self.has_gate else "up_proj")

@@ -159,7 +159,9 @@ class PolybitQuantizer(HfQuantizer):  # type: ignore[misc]
         dense = [tied for tied, source in model.all_tied_weights_keys.items() if _is_among(source, stored)]
         self.stacks = {f"{name.rpartition('.')[2]}.{last}" for name, _, last in experts.stacks(model)}
         # A folder of polybit quantize has its experts one by one, dense.
-        stacked = not self.pre_quantized or any(f".{stack}.absmax" in key for stack in self.stacks for key in keys)
+        stacked = not self.pre_quantized or any(
+            f".{stack}.{part}" in key for stack in self.stacks for part in ("absmax", "SCB") for key in keys
+        )
         self.quantization_config.prepare(model, [name.removesuffix(".weight") for name in dense], stacked)
         self.conv1d = {name for name in before if isinstance(model.get_submodule(name), QuantizedModule)}
         self.loading = model.register_state_dict_post_hook(_whole_weights)
@@ -231,12 +233,14 @@ class PolybitQuantizer(HfQuantizer):  # type: ignore[misc]
         parts = ["absmax", "quant_map", "nested_absmax", "nested_quant_map"]
         parts += [f"quant_state.{state_name(format)}" for format in list_formats() if format != "int8"]
         # The first name that fits counts, for transformers 5.20 also one that the key goes on behind.
-        names = [*(f"weight.{part}" for part in parts), "SCB", "weight_format", "weight"]
-        converters = [WeightConverter(names, "weight", [Deserialize(self)])]
+        int8 = ["SCB", "weight_format"]
+        converters = []
         for stack in sorted(self.stacks):
             pattern = re.escape(f".{stack}")  # no part of ".shared_experts.down_proj.weight"
-            names = [*(f"{pattern}.{part}" for part in parts), pattern]
+            names = [*(f"{pattern}.{part}" for part in (*parts, *int8)), pattern]
             converters.append(WeightConverter(names, f".{stack}", [Deserialize(self)]))
+        names = [*(f"weight.{part}" for part in parts), *int8, "weight"]
+        converters.append(WeightConverter(names, "weight", [Deserialize(self)]))
         return converters
 
     def is_serializable(self) -> bool:

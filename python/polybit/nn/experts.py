@@ -19,7 +19,10 @@ class QuantizedExperts(QuantizedModule):
     """What a module becomes of which parameters [experts, rows, columns] are quantized: the same module, of a subclass.
 
     Its forward is its own; what it calls has to take QTensors, as polybit.functional.linear_grouped does.
+    `thresholds`: those of LLM.int8() by the names of the parameters.
     """
+
+    thresholds: dict[str, float]
 
     def _applied(self, weight: QTensor, fn: Callable[[Tensor], Tensor]) -> QTensor:
         # No two modules share a stack. A record of what it became would forbid torch to swap it, as PEFT has it done.
@@ -31,10 +34,11 @@ def _subclass(dense: type[nn.Module]) -> type[QuantizedExperts]:
     return type(f"Quantized{dense.__name__}", (QuantizedExperts, dense), {"__module__": dense.__module__})
 
 
-def quantize_experts_(module: nn.Module, weights: Mapping[str, QTensor]) -> None:
-    """Put quantized stacks in the place of parameters of `module`."""
+def quantize_experts_(module: nn.Module, weights: Mapping[str, QTensor], thresholds: Mapping[str, float]) -> None:
+    """Put quantized stacks in the place of parameters of `module`; `thresholds`: of those in int8."""
     module.__class__ = _subclass(type(module))  # type: ignore[arg-type]
     module.quantized = tuple(weights)  # type: ignore[assignment]
+    module.thresholds = dict(thresholds)  # type: ignore[assignment]
     for name, weight in weights.items():
         module.register_parameter(name, nn.Parameter(weight, requires_grad=False))
 
@@ -43,7 +47,7 @@ def dequantize_experts_(module: QuantizedExperts, dtype: torch.dtype | None = No
     """Make `module` what it was, with trainable parameters of the values that the quantized ones have."""
     weights = module.quantized_weights()
     module.__class__ = type(module).__bases__[1]
-    del module.quantized
+    del module.quantized, module.thresholds
     for name, weight in weights.items():
         module.register_parameter(name, nn.Parameter(weight.dequantize().to(dtype or weight.dtype)))
 
