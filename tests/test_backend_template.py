@@ -1,8 +1,9 @@
-"""examples/backend_template: a backend that is a project of its own, built and checked as its author would."""
+"""docs/writing_a_backend.md, followed word by word, and examples/backend_template, which it tells to copy."""
 
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -11,39 +12,68 @@ from pathlib import Path
 import pytest
 from tools import PACKAGE, compile_library, require_tool, run_python
 
-TEMPLATE = Path(__file__).parent.parent / "examples" / "backend_template"
+ROOT = Path(__file__).parent.parent
+TEMPLATE = ROOT / "examples" / "backend_template"
+GUIDE = (ROOT / "docs" / "writing_a_backend.md").read_text(encoding="utf-8")
+# The commands of this environment; installed is what is built, without its dependencies.
+COMMANDS = f"""python() {{ {sys.executable} "$@"; }}
+pip() {{ python -m pip "$@"; }}
+polybit() {{ python -m polybit "$@"; }}
+"""
 
 
-@pytest.fixture(scope="module")
-def installed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """(a copy of the folder outside the tree, where pip installed it)."""
-    require_tool("cc", "gcc", "clang")
-    folder = tmp_path_factory.mktemp("template")
-    source, site = folder / "source", folder / "site"
-    shutil.copytree(TEMPLATE, source, ignore=shutil.ignore_patterns("__pycache__"))
-    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
+def blocks(language: str) -> list[str]:
+    """The guide's code in a language."""
+    return re.findall(rf"```{language}\n(.*?)```", GUIDE, re.S)
+
+
+def follow(commands: str, folder: Path) -> tuple[str, Path]:
+    """Run commands in a folder; (what they printed, where pip installed to)."""
+    site = folder / "site"
+    path = {"PYTHONPATH": f"{PACKAGE.parent}{os.pathsep}{site}", "PIP_TARGET": str(site)}
     done = subprocess.run(
-        [*command, "--target", str(site), "."],
-        cwd=source,
-        env={**os.environ, "PYTHONPATH": str(PACKAGE.parent)},
+        ["bash", "-ec", COMMANDS + commands],
+        cwd=folder,
+        env={**os.environ, **path, "PIP_NO_DEPS": "1", "PIP_NO_INDEX": "1", "PYTHONDONTWRITEBYTECODE": "1"},
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    return source, site
+    return done.stdout, site
 
 
-def test_its_own_tests_pass(installed: tuple[Path, Path]) -> None:
-    source, site = installed
-    done = run_python(
-        f"import sys, pytest; sys.exit(pytest.main(['-q', '-p', 'no:cacheprovider', {str(source)!r}]))",
-        PYTHONPATH=str(site),
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    """(what the guide's commands for C printed, where pip installed to)."""
+    require_tool("cc", "gcc", "clang")
+    folder = tmp_path_factory.mktemp("template")
+    shutil.copytree(TEMPLATE, folder / "examples" / TEMPLATE.name, ignore=shutil.ignore_patterns("__pycache__"))
+    return follow(blocks("sh")[0], folder)
+
+
+def test_the_guide_in_c(installed: tuple[str, Path]) -> None:
+    """It is installed, listed, right on every sample, and passes its own tests."""
+    printed, _ = installed
+    assert re.search(r"^ *template +cpu +1 +0 +24 +0: none", printed, re.M), printed
+    assert re.search(r"^template: 1 native, 0 inherited, 24 reference; \d\d samples, 0 failures$", printed, re.M), (
+        printed
     )
-    assert "4 passed" in done.stdout, done.stdout
+    assert "4 passed" in printed
 
 
-def test_the_environment_alone_chooses_it(installed: tuple[Path, Path]) -> None:
+def test_the_guide_in_python(tmp_path: Path) -> None:
+    (tmp_path / "polybit_mine.py").write_text(blocks("python")[0])
+    (tmp_path / "pyproject.toml").write_text(blocks("toml")[0])
+    printed, site = follow(blocks("sh")[1], tmp_path)
+    assert "25 samples, 8 of them declined\nran by mine\n" in printed
+    assert re.search(r"^ *mine +cpu +1 +0 +24 +0: none", printed, re.M), printed
+    assert "mine: 1 native, 0 inherited, 24 reference; 25 samples, 0 failures\n" in printed
+    assert "Resolution(owner='mine', kind='native', reason='')" in printed
+    assert (site / "polybit_mine.py").exists()
+
+
+def test_the_environment_alone_chooses_it(installed: tuple[str, Path]) -> None:
     """Named, it runs and nothing else does; not named, the CPU's own backend does."""
     code = """
 import torch, polybit

@@ -233,7 +233,23 @@ def test_check_one_backend() -> None:
     assert code == 0, text
     assert f"emulator:32: {len(spec.OPS)} native" in text
     assert "0 failures" in text
-    assert run("check", "--backend", "abacus")[0] == 2
+    code, text = run("check", "--backend", "abacus")
+    assert code == 2 and "backend 'abacus' is unknown. Known:" in text and "cpu:scalar: usable" in text
+
+
+def test_check_asks_each_backend_for_its_own_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    devices = {}
+
+    def check(op: str, backend: str, device: str) -> polybit.testing.CheckResult:
+        devices[backend] = device
+        return polybit.testing.CheckResult(op, backend, backend, "native", samples=1)
+
+    monkeypatch.setattr("polybit.testing.check", check)
+    gpus = [NativeBackend(name, "xpu", "", "/x.so", {}) for name in ("mine:a", "mine:b")]
+    monkeypatch.setattr(catalogue, "backends", [*catalogue.backends, *gpus])
+    monkeypatch.setattr(catalogue, "version", catalogue.version + 1)
+    code, text = run("check", "--backend", "mine")
+    assert code == 0 and devices == {"mine:a": "xpu", "mine:b": "xpu"}, text
 
 
 def best_whole() -> Backend:

@@ -174,6 +174,48 @@ def test_a_name_is_taken_once(tmp_path: Path) -> None:
     assert "second.so: a backend named dummy is loaded already" in run_python(code).stdout
 
 
+MINE = """
+import polybit
+from polybit.testing import check
+
+class Mine:
+    name, device_type, reason, origin = "mine", "cpu", "", "here"
+    ops = {}
+
+def said(source):
+    try:
+        polybit.load_backend(source)
+    except Exception as problem:
+        return f"{type(problem).__name__}: {problem}"
+"""
+
+
+def test_mistakes_of_a_backend_in_python() -> None:
+    """What would make it be passed over in silence is refused when it is loaded; the rest is what the check finds."""
+    code = MINE + (
+        "class Nameless: ops = {}\n"
+        "print(said(Nameless()))\n"
+        "Mine.ops = {'quantise_int8': print}\n"
+        "print(said(Mine()))\n"
+        "Mine.ops, Mine.device_type = {}, 'gpu'\n"
+        "print(said(Mine()))\n"
+        "assert 'mine' not in [info.name for info in polybit.backends.list_backends()]\n"
+        "def returned(stream, args, outs):\n"
+        "    return args[0].to(args[2])\n"
+        "Mine.ops, Mine.device_type = {'dequantize_int8': returned}, 'cpu'\n"
+        "assert polybit.load_backend(Mine()) == ['mine']\n"
+        "print(said(Mine()))\n"
+        "print(check('dequantize_int8', 'mine').failures[0])\n"
+    )
+    nameless, misspelt, device, again, wrong = run_python(code).stdout.splitlines()
+    assert nameless.startswith("TypeError: a backend is the path of a library, an object with name, device_type, ")
+    assert nameless.endswith("got Nameless, which lacks name, device_type, reason, origin")
+    assert misspelt.startswith("BackendError: mine: no op is called quantise_int8; ops: quantize_blockwise, ")
+    assert device.startswith("BackendError: mine: device_type 'gpu': ") and "cuda" in device
+    assert again == "BackendError: here: a backend named mine is loaded already"
+    assert "guarded outputs: output 0: 64 of 64 differ, first at 0" in wrong
+
+
 def install(folder: Path, modules: dict[str, str], library: Path) -> Path:
     """pip install a generated distribution of these modules, each with an entry point, into a folder of its own."""
     source, target = folder / "source", folder / "site"

@@ -1,21 +1,8 @@
 /* A backend for polybit in C11, with one op: quantize_int8. Copy the folder, replace "template" and the kernel.
  *
  * The headers come with the installed polybit: ops.def is the list of ops, polybit.h makes a struct of arguments and an
- * entry of pb_backend out of each line. What an op computes, to the bit, is in docs/numerics.md and, as torch, in
- * polybit/spec.
- *
- * What a kernel gets
- *   Checked arguments: dtypes and shapes are those that polybit/spec's `alloc` lets through. Tensors are contiguous
- *   (strides is null), begin at data (byte_offset is 0) and are aligned to their elements, no more. They may be empty.
- *   Outputs are allocated; all of their bytes are the kernel's to write.
- *   A context: the device's stream, scratch, threads (on the CPU), a buffer for a message.
- * What it may not do
- *   Allocate, print, exit, throw, synchronise, or keep a pointer after it returns.
- * What it returns
- *   PB_OK           the work is done, or enqueued on context->stream
- *   PB_UNSUPPORTED  not this case, and nothing was done: the torch reference runs it, or the user is told why not
- *   PB_SCRATCH      it needs context->scratch_needed bytes, and nothing was done: it is called again with them
- *   PB_ERROR        it failed: context->error becomes the text of a RuntimeError
+ * entry of pb_backend out of each line. docs/writing_a_backend.md says what a kernel gets, what it must not do and what
+ * it returns; docs/numerics.md what each op computes, to the bit.
  */
 #include <math.h>
 #include <stdbool.h>

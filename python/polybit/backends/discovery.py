@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from polybit import spec
 from polybit.backends.base import Backend, BackendError, BackendInfo
 from polybit.backends.metal import load_metal
 from polybit.backends.native import load_library
@@ -129,28 +130,50 @@ def _load(source: object) -> list[Backend]:
     if isinstance(source, (str, Path)):
         return list(load_library(source))
     if isinstance(source, Backend):
-        return [source]
+        return [_checked(source)]
     if isinstance(source, (list, tuple)):
         return [backend for item in source for backend in _load(item)]
     if callable(source):
         return _load(source())
+    lacks = [name for name in _MEMBERS if not hasattr(source, name)]
     raise TypeError(
-        f"a backend source is a path, a Backend or a callable that returns one, got {type(source).__name__}"
+        f"a backend is the path of a library, an object with {', '.join(_MEMBERS)}, or a function that returns one or "
+        f"a list of them; got {type(source).__name__}, which lacks {', '.join(lacks)}"
     )
+
+
+_MEMBERS = ("name", "device_type", "reason", "origin", "ops")
+
+
+def _checked(backend: Backend) -> Backend:
+    """A backend written in Python, after what would otherwise make it be passed over in silence.
+
+    Raises:
+        BackendError: it has an op that does not exist, or a device type that torch does not know.
+    """
+    unknown = sorted(set(backend.ops) - set(spec.OPS))
+    if unknown:
+        raise BackendError(f"{backend.name}: no op is called {', '.join(unknown)}; ops: {', '.join(spec.OPS)}")
+    try:
+        torch.device(backend.device_type)
+    except RuntimeError as problem:
+        raise BackendError(f"{backend.name}: device_type {backend.device_type!r}: {problem}") from None
+    return backend
 
 
 catalogue = Catalogue()
 
 
-def load_backend(path: str | Path) -> list[str]:
-    """Load a backend library from ``path`` and return the names of its backends.
+def load_backend(source: str | Path | Backend) -> list[str]:
+    """Load a backend, by the path of its library or written in Python, and return the names that it brings.
 
     They are used when named (``POLYBIT_BACKEND``, :func:`polybit.backend`) or when nothing else takes their device.
 
     Raises:
-        BackendError: the library cannot be loaded, was built for another op table, or brings a name that is taken.
+        BackendError: the library cannot be loaded or was built for another op table; a name is taken, an op unknown.
+        TypeError: the source is neither a path nor a :class:`polybit.backends.Backend`.
     """
     try:
-        return catalogue.add(list(load_library(path)))
+        return catalogue.add(_load(source))
     except RuntimeError as problem:
         raise BackendError(str(problem)) from None

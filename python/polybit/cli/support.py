@@ -15,7 +15,7 @@ from rich.table import Table
 
 import polybit
 from polybit import backends, spec
-from polybit.backends.discovery import family
+from polybit.backends.discovery import answers, family
 from polybit.cli import ipex
 from polybit.cli.common import WRONG, Json, console, print_json, stop
 
@@ -133,20 +133,26 @@ def info(
 
 
 def check(
-    backend: Annotated[str | None, typer.Option(help="Only this backend, as in POLYBIT_BACKEND.")] = None,
+    backend: Annotated[str | None, typer.Option(help="Only this backend, or the variants of this family.")] = None,
     as_json: Json = False,
 ) -> None:
     """Run the conformance samples of every op; fail if one is wrong or fewer ops are native than committed."""
     from polybit.testing import check as check_op  # samples are built only here
 
     wanted = native_ops()
-    names = [item.name for item in backends.list_backends() if item.usable and backend in (None, item.name)]
-    if not names:
-        known = ", ".join(item.name for item in backends.list_backends())
-        stop("check", f"no usable backend {backend!r}; known: {known}")
+    if backend is not None:
+        try:
+            with polybit.backend(backend):
+                pass
+        except backends.BackendError as problem:
+            stop("check", problem)
+    found = [item for item in backends.list_backends() if item.usable]
     report: dict[str, Any] = {}
-    for name in names:
-        results = [check_op(op, name) for op in spec.OPS]
+    for item in found:
+        name = item.name
+        if backend is not None and not answers(name, backend):
+            continue
+        results = [check_op(op, name, item.device_type) for op in spec.OPS]
         counts = Counter(result.kind for result in results)
         row: dict[str, Any] = {
             "native": counts["native"],
