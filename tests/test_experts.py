@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import accelerate
 import peft
 import transformers
 from safetensors.torch import load_file
@@ -344,6 +345,19 @@ def test_on_a_disk(dense: dict[str, tuple[Any, Path]], tmp_path: Path, format: s
     assert torch.equal(logits(away), logits(want))
     away.save_pretrained(tmp_path / "saved")
     assert torch.equal(logits(load(model, tmp_path / "saved")), logits(want))
+
+
+@pytest.mark.parametrize("format", ("nf4", "int8"))
+def test_offloaded_when_they_are_loaded(dense: dict[str, tuple[Any, Path]], tmp_path: Path, format: str) -> None:
+    model, folder = dense["mixtral"]
+    for away in (accelerate.cpu_offload, lambda model: accelerate.disk_offload(model, tmp_path)):
+        quantized = load(model, folder, quantization_config=PolybitConfig(format))
+        want = logits(quantized)
+        away(quantized)
+        assert len(stacks(quantized)) == 4 and all(weight.is_meta for weight in stacks(quantized).values())
+        assert torch.equal(logits(quantized), want)
+        accelerate.hooks.remove_hook_from_submodules(quantized)
+        assert torch.equal(logits(quantized), want) and not any(w.is_meta for w in stacks(quantized).values())
 
 
 def test_module_functions(dense: dict[str, tuple[Any, Path]]) -> None:

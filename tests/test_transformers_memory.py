@@ -166,12 +166,65 @@ def test_layers_on_the_cpu_beside_another_device(
         assert torch.equal(logits(model), want)
 
 
-@pytest.mark.parametrize("format", ("nf4", "int8"))
-def test_what_accelerate_offloads_later_is_refused(folder: Path, format: str) -> None:
-    """It would take the codes for the weight."""
-    model = accelerate.cpu_offload(load(folder, {"format": format}), "cpu")
-    with pytest.raises((ValueError, AttributeError), match="Trying to set a tensor of shape|has no attribute"):
-        logits(model)
+def offload(how: str, model: nn.Module, folder: Path) -> None:
+    """As users of accelerate do it with a model that is loaded. The second device of "beside" is the CPU, too."""
+    beside = {"model.layers.0": "cpu", "model.layers.1": torch.device("cpu")}
+    rest = dict.fromkeys(("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"), "cpu")
+    match how:
+        case "cpu":
+            accelerate.cpu_offload(model, "cpu")
+        case "whole layers":
+            accelerate.cpu_offload(model, "cpu", preload_module_classes=["LlamaDecoderLayer"])
+        case "disk":
+            accelerate.disk_offload(model, folder, "cpu")
+        case "some on a disk":
+            accelerate.dispatch_model(model, rest | beside | {"model.layers.1": "disk"}, offload_dir=folder)
+        case "beside":
+            accelerate.dispatch_model(model, rest | beside, main_device=torch.device("cpu"))
+
+
+@pytest.mark.filterwarnings("ignore:Attempting to save a model with offloaded modules")
+@pytest.mark.parametrize("options", CONFIGS.values(), ids=CONFIGS)
+@pytest.mark.parametrize("how", ("cpu", "whole layers", "disk", "some on a disk", "beside"))
+def test_offloaded_when_it_is_loaded(folder: Path, tmp_path: Path, how: str, options: dict[str, Any]) -> None:
+    """The same numbers, pass after pass, and when it is saved; what takes the hooks away gives the model back."""
+    model = load(folder, options)
+    want, quantized = logits(model), [name for name, p in model.named_parameters() if isinstance(p, QTensor)]
+    entries = {key: value.clone() for key, value in model.state_dict().items()}
+    offload(how, model, tmp_path / "offload")
+    away = [name for name in quantized if model.get_parameter(name).is_meta]
+    second = [name for name in quantized if "layers.1." in name]
+    assert len(second) == 7
+    assert away == {"some on a disk": second, "beside": [q for q in quantized if q not in second]}.get(how, quantized)
+    for _ in range(2):
+        assert torch.equal(logits(model), want)
+        assert all(model.get_parameter(name).is_meta for name in away)
+    with pytest.raises(ValueError, match="layers are offloaded"):
+        model.dequantize()
+    # transformers saves what has a map of devices, and no tied weights that hooks took apart, of dense models, too.
+    if how == "some on a disk" or (how == "beside" and not model.config.tie_word_embeddings):
+        model.save_pretrained(tmp_path / "saved")
+        assert torch.equal(logits(Llama.from_pretrained(tmp_path / "saved")), want)
+    accelerate.hooks.remove_hook_from_submodules(model)
+    assert torch.equal(logits(model), want)
+    assert all(torch.equal(value, entries[key]) for key, value in model.state_dict().items())
+
+
+def test_a_module_that_is_offloaded(tmp_path: Path) -> None:
+    """Of torch alone, with a weight that two layers share; and moved as a whole."""
+    torch.manual_seed(3)
+    model = quantize_(nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64), nn.Linear(64, 8)), "nf4")
+    model[2].weight = model[0].weight
+    x = torch.randn(5, 64)
+    want = model(x)
+    accelerate.disk_offload(model, tmp_path, "cpu")
+    assert model[0].weight.is_meta and torch.equal(model(x), want)
+    accelerate.hooks.remove_hook_from_submodules(model)
+    assert torch.equal(model(x), want)
+    model, hook = accelerate.cpu_offload_with_hook(model, "cpu")
+    assert torch.equal(model(x), want)
+    hook.offload()
+    assert torch.equal(model(x), want)
 
 
 PEAK = """

@@ -12,7 +12,7 @@ from polybit import optim as optim
 from polybit import tensor_ops as tensor_ops  # what torch's operations do with a QTensor
 from polybit.backends import BackendError, backend, load_backend
 from polybit.formats import Format, get_format, register_format
-from polybit.integrations import register_with_transformers
+from polybit.integrations import register as _register
 from polybit.qtensor import QTensor, quantize
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ __all__ = [
     "register_format",
 ]
 
-register_with_transformers()
+_register()
 
 
 def __getattr__(name: str) -> Any:

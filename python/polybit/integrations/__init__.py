@@ -6,27 +6,31 @@ import importlib
 import importlib.util
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
-_REGISTRY = "transformers.quantizers.auto"
 TRANSFORMERS = (5, 20)  # the oldest that it was seen to work with; pyproject.toml wants the same
 
 
-def register_with_transformers() -> None:
-    """Make transformers know checkpoints of polybit as soon as it is imported, without importing it.
+def register() -> None:
+    """Meet transformers and accelerate as soon as they are imported, without importing them.
 
-    transformers looks for no plug-ins, so this waits for the module with its registry.
+    Neither looks for plug-ins, so this waits: for the registry of quantizers, and for the hooks that offload weights.
     """
-    if _REGISTRY in sys.modules:
-        _register()
-    else:
-        sys.meta_path.insert(0, _Finder())
+    for module, meet in _MEETINGS.items():
+        if module in sys.modules:
+            meet()
+        else:
+            sys.meta_path.insert(0, _Finder(module, meet))
 
 
-def _register() -> None:
+def _meet_accelerate() -> None:
+    importlib.import_module("polybit.integrations.accelerate")
+
+
+def _meet_transformers() -> None:
     version: str = importlib.import_module("transformers").__version__
     if tuple(int(part) for part in version.split(".")[:2]) < TRANSFORMERS:
         wanted = ".".join(str(part) for part in TRANSFORMERS)
@@ -39,26 +43,32 @@ def _register() -> None:
     importlib.import_module("polybit.integrations.transformers")
 
 
+_MEETINGS = {"transformers.quantizers.auto": _meet_transformers, "accelerate.hooks": _meet_accelerate}
+
+
 class _Finder(MetaPathFinder):
-    """Finds the registry once, with whatever finds it otherwise."""
+    """Finds a module once, with whatever finds it otherwise."""
+
+    def __init__(self, module: str, meet: Callable[[], None]) -> None:
+        self.module, self.meet = module, meet
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname != _REGISTRY or self not in sys.meta_path:
+        if fullname != self.module or self not in sys.meta_path:
             return None
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(fullname)
         if spec is not None and spec.loader is not None:
-            spec.loader = _Loader(spec.loader)
+            spec.loader = _Loader(spec.loader, self.meet)
         return spec
 
 
 class _Loader(Loader):
-    """Registers when the registry has been loaded."""
+    """Goes on when the module has been loaded."""
 
-    def __init__(self, loader: Loader) -> None:
-        self.loader = loader
+    def __init__(self, loader: Loader, meet: Callable[[], None]) -> None:
+        self.loader, self.meet = loader, meet
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
         return self.loader.create_module(spec)
@@ -68,4 +78,4 @@ class _Loader(Loader):
         assert module.__spec__ is not None
         module.__spec__.loader = self.loader
         self.loader.exec_module(module)
-        _register()
+        self.meet()

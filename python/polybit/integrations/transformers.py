@@ -196,8 +196,11 @@ class PolybitQuantizer(HfQuantizer):  # type: ignore[misc]
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | str | None = None) -> nn.Module:
         from polybit.integrations import experts
 
-        if offloaded(model):
-            raise ValueError("dequantize: layers are offloaded; load the model without cpu or disk in device_map")
+        if any(isinstance(parameter, QTensor) and parameter.is_meta for parameter in model.parameters()):
+            raise ValueError(
+                "dequantize: layers are offloaded; load the model without cpu or disk in device_map, or take the hooks "
+                "away: accelerate.hooks.remove_hook_from_submodules(model)"
+            )
         whole = experts.has_quantized(model)
         dequantize_(model, getattr(torch, dtype) if isinstance(dtype, str) else dtype)
         if whole:
