@@ -296,6 +296,36 @@ def adapter(key: str, config: Any, dense: bool) -> None:
         assert (found - want).norm() < 0.25 * want.norm(), key
 
 
+def compiled(backend: str = "aot_eager") -> None:
+    """torch.compile of a model, and of one with adapters in training: what eager gives, graphs and breaks."""
+    import peft
+
+    models()["llama"].save_pretrained(FOLDER / "llama")
+    counters = torch._dynamo.utils.counters
+    for kind in ("nf4 double", "int8", "int8 plain"):
+        torch._dynamo.reset()
+        counters.clear()
+        model = prepared(kind).eval()
+        model.config.use_cache = False
+        for call, name in ((model, "eager"), (torch.compile(model, backend=backend), "compiled")):
+            out[f"{kind} logits {name}"] = logits(call)
+        config = peft.LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
+        adapted: Any = peft.get_peft_model(model, config).train()
+        for call, name in ((adapted, "eager"), (torch.compile(adapted, backend=backend), "compiled")):
+            loss = call(input_ids=TOKENS, labels=TOKENS).loss
+            loss.backward()
+            out[f"{kind} loss {name}"] = loss.detach()
+            grads = [param.grad.flatten() for param in adapted.parameters() if param.requires_grad]
+            out[f"{kind} gradient {name}"] = torch.cat(grads)
+            adapted.zero_grad()
+        out[f"{kind} breaks"] = torch.tensor(sum(counters["graph_break"].values()))
+        out[f"{kind} graphs"] = torch.tensor(counters["stats"]["unique_graphs"])
+
+
+def compiled_by_inductor() -> None:
+    compiled("inductor")
+
+
 def trainer() -> None:
     """Optimizers of Trainer by name; what they have learned."""
     rows = [{"input_ids": row, "labels": row} for row in TOKENS]
@@ -320,5 +350,5 @@ def trainer() -> None:
         assert "bitsandbytes" in str(type(run.optimizer.optimizer))
 
 
-{"pretrained": pretrained, "opened": opened, "adapters": adapters, "trainer": trainer, "sft": sft}[FLOW]()
+{flow.__name__: flow for flow in (pretrained, opened, adapters, compiled, compiled_by_inductor, trainer, sft)}[FLOW]()
 torch.save(out, FOLDER / f"{WHO}.pt")
