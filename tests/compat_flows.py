@@ -350,5 +350,43 @@ def trainer() -> None:
         assert "bitsandbytes" in str(type(run.optimizer.optimizer))
 
 
-{flow.__name__: flow for flow in (pretrained, opened, adapters, compiled, compiled_by_inductor, trainer, sft)}[FLOW]()
+def accelerated() -> None:
+    """accelerate's loader, then an 8-bit optimizer on the head of what it made, both prepared by an Accelerator."""
+    import accelerate
+    import bitsandbytes
+
+    model = models()["llama"]
+    weights = FOLDER / WHO / "weights"
+    weights.mkdir(parents=True)
+    torch.save(model.state_dict(), weights / "pytorch_model.bin")
+    for kind, options in {
+        "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": "fp32"},
+        "fp4": {"load_in_4bit": True, "bnb_4bit_compute_dtype": "fp32"},
+        "int8": {"load_in_8bit": True},
+    }.items():
+        with accelerate.init_empty_weights():
+            empty = type(model)(model.config)
+        config = accelerate.utils.BnbQuantizationConfig(torch_dtype="fp32", **options)
+        # accelerate wants a GPU: it refuses a CPU that it knows as one.
+        quantized = accelerate.utils.load_and_quantize_model(empty, config, weights, {"": torch.device("cpu")})
+        layers = bitsandbytes.nn.Linear4bit, bitsandbytes.nn.Linear8bitLt
+        assert isinstance(quantized.model.layers[1].mlp.up_proj, layers)
+        out[kind] = compared(quantized)
+        accelerator = accelerate.Accelerator(cpu=True)
+        quantized.lm_head.requires_grad_(True)
+        optimizer = bitsandbytes.optim.AdamW8bit(quantized.lm_head.parameters(), lr=1e-2)
+        prepared, optimizer = accelerator.prepare(quantized, optimizer)
+        losses = []
+        for _ in range(4):
+            loss = prepared(TOKENS, labels=TOKENS).loss
+            accelerator.backward(loss)
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.detach())
+        assert losses[-1] < 0.8 * losses[0]
+        out[f"{kind} losses"] = torch.stack(losses)
+
+
+FLOWS = (pretrained, opened, adapters, compiled, compiled_by_inductor, trainer, sft, accelerated)
+{flow.__name__: flow for flow in FLOWS}[FLOW]()
 torch.save(out, FOLDER / f"{WHO}.pt")

@@ -108,6 +108,14 @@ def test_compiled_models_give_what_eager_gives(flow: str, tmp_path: Path) -> Non
             check_error(f"{kind} {what}", found[f"{kind} {what} compiled"], found[f"{kind} {what} eager"], limit)
 
 
+def test_load_and_quantize_model_gives_what_bitsandbytes_gives(tmp_path: Path) -> None:
+    """4 and 8 bits, by accelerate's own loader; then AdamW8bit on the head, prepared by an Accelerator."""
+    theirs, ours = (run_flow(who, "accelerated", tmp_path) for who in ("bitsandbytes", "polybit"))
+    assert len(ours) == 6 and ours.keys() == theirs.keys()
+    for key, value in ours.items():
+        check_error(key, value, theirs[key], 0.02 if "int8" in key else 1e-3 if "losses" in key else 1e-5)
+
+
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="constraints.txt has no TRL for this Python")
 def test_sft_trainer_of_trl(tmp_path: Path) -> None:
     assert len(run_flow("polybit", "sft", tmp_path)) == 2

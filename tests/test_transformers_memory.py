@@ -97,7 +97,7 @@ def test_what_is_reserved_on_an_accelerator(folder: Path, monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize(("format", "dtype"), (("nf4", accelerate.utils.CustomDtype.INT4), ("int8", torch.int8)))
 def test_maps_of_devices(folder: Path, format: str, dtype: Any) -> None:
-    """transformers fills a device to the byte; accelerate's own estimate goes by codes, if it is told their dtype."""
+    """transformers fills a device to the byte; what accelerate is told of dtypes counts codes alone."""
     model = load(folder, {"format": format})
     infer = functools.partial(
         transformers.integrations.accelerate.infer_auto_device_map,

@@ -177,7 +177,7 @@ class Params4bit(nn.Parameter):
             self.quant_state.to(device)
         kept = None if self.bnb_quantized else dtype
         moved = super().to(device=device, dtype=kept, non_blocking=non_blocking)
-        return Params4bit(moved, self.requires_grad, **self.__dict__)
+        return Params4bit(moved, **self._attributes())
 
     # What FSDP asks for by the keys of a state dict.
     @property
@@ -230,6 +230,10 @@ class Params4bit(nn.Parameter):
         """The mean of the scales."""
         return self._of_state("offset")
 
+    def _attributes(self) -> dict[str, Any]:
+        # accelerate's init_empty_weights leaves an entry "requires_grad" among them.
+        return {**self.__dict__, "requires_grad": self.requires_grad}
+
     def _of_state(self, name: str, nested: bool = False) -> Any:
         state: Any = self.__dict__.get("quant_state")
         if state is not None and nested:
@@ -252,7 +256,7 @@ class Params4bit(nn.Parameter):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Params4bit:
         # `module` stays: it is whoever holds this parameter, and knows its copy when it is copied itself.
-        new = type(self)(self.data.clone(), self.requires_grad, **self.__dict__)
+        new = type(self)(self.data.clone(), **self._attributes())
         memo[id(self)] = new
         new.quant_state = copy.deepcopy(self.quant_state, memo)
         if self.module is not None:
