@@ -189,9 +189,9 @@ def _out(value: Tensor, out: Tensor | None) -> Tensor:
     return value if out is None else out.copy_(value)
 
 
-def _check_float(A: Tensor) -> None:
-    if A.dtype not in KERNEL_DTYPES:
-        raise ValueError(f"blockwise quantization takes fp32, fp16 or bf16, got {A.dtype}")
+def _check_float(dtype: torch.dtype) -> None:
+    if dtype not in KERNEL_DTYPES:
+        raise ValueError(f"blockwise quantization is of fp32, fp16 or bf16, got {dtype}")
 
 
 def quantize_4bit(
@@ -214,7 +214,7 @@ def quantize_4bit(
         raise ValueError(f"blocksize must be one of {BLOCKSIZES}, got {blocksize}")
     if quant_type not in QuantState.valid_quant_types:
         raise ValueError(f"quant_type must be 'nf4' or 'fp4', got {quant_type!r}")
-    _check_float(A)
+    _check_float(A.dtype)
     tables = get_format(quant_type).on(A.device)
     q, scales = ops.quantize_kbit(A.detach(), *tables, blocksize, 4, 0)
     state = QuantState(scales, A.shape, tables.code.clone(), blocksize, quant_type, A.dtype)
@@ -263,7 +263,7 @@ def dequantize_4bit(
     """The values of packed codes, in the shape and dtype of the state.
 
     Without a state, `absmax` (fp32) and `out` give them. The result is transposed if A is (a row of bytes). Raises
-    ValueError if neither is given, or for a wrong quant_type or blocksize.
+    ValueError if neither is given, or for a wrong quant_type, blocksize or dtype.
     """
     if quant_state is None:
         if absmax is None or out is None:
@@ -274,6 +274,7 @@ def dequantize_4bit(
         raise ValueError(f"blocksize must be one of {BLOCKSIZES}, got {quant_state.blocksize}")
     if quant_state.quant_type not in QuantState.valid_quant_types:
         raise ValueError(f"quant_type must be 'nf4' or 'fp4', got {quant_state.quant_type!r}")
+    _check_float(quant_state.dtype)
     y = _dequantize_4bit(A, quant_state)
     y = _out(y, out)
     return y.t() if A.dim() == 2 and A.shape[0] == 1 and A.shape[1] > 1 else y
@@ -324,7 +325,7 @@ def quantize_blockwise(
     blocksize: a power of two, 16...4096. nested: quantize the scales, too. Raises ValueError for a wrong blocksize or
     dtype.
     """
-    _check_float(A)
+    _check_float(A.dtype)
     code = _dynamic_map(A.device) if code is None else code.to(A.device)
     q, scales = ops.quantize_blockwise(A.detach(), code, blocksize)
     state = QuantState(scales, code=code.clone(), blocksize=blocksize, dtype=A.dtype)
@@ -422,23 +423,35 @@ double_quant = int8_double_quant
 
 
 def int8_linear_matmul(A: Tensor, B: Tensor, out: Tensor | None = None, dtype: torch.dtype = torch.int32) -> Tensor:
-    """A int8 [..., K] times B int8 [N, K], transposed: exact int32 [..., N]."""
+    """A int8 [..., K] times B int8 [N, K], transposed: exact int32 [..., N]. Raises ValueError if `out` is not that."""
+    if out is not None and out.dtype != torch.int32:
+        raise ValueError(f"int8_linear_matmul: out must be int32, got {out.dtype}")
     return _out(ops.matmul_int8(A, B), out)
 
 
 def int8_mm_dequant(
     A: Tensor, row_stats: Tensor, col_stats: Tensor, out: Tensor | None = None, bias: Tensor | None = None
 ) -> Tensor:
-    """fp16 values of an int32 product A [..., N]: A row_stats col_stats / 127^2 + bias."""
+    """fp16 values of an int32 product A [..., N]: A row_stats col_stats / 127^2 + bias.
+
+    Raises ValueError if A is not int32, or a scale not fp32.
+    """
     return _out(int8_product_values(A, row_stats, col_stats, bias, torch.float16), out)
 
 
 def int8_product_values(
     A: Tensor, row_stats: Tensor, col_stats: Tensor, bias: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
-    """An int32 product A [..., N] with the scales of its rows and columns, plus bias, in fp32, rounded to the dtype."""
-    rows = row_stats.float().view(*A.shape[:-1], 1)
-    y = A.float() * ((rows * INVERSE) * (col_stats.float() * INVERSE))
+    """An int32 product A [..., N] with the fp32 scales of its rows and columns, plus bias, rounded to the dtype.
+
+    Raises ValueError for other dtypes.
+    """
+    wanted = ("A", A, torch.int32), ("row_stats", row_stats, torch.float32), ("col_stats", col_stats, torch.float32)
+    for name, value, want in wanted:
+        if value.dtype != want:
+            raise ValueError(f"int8_mm_dequant: {name} must be {want}, got {value.dtype}")
+    rows = row_stats.view(*A.shape[:-1], 1)
+    y = A.float() * ((rows * INVERSE) * (col_stats * INVERSE))
     return (y if bias is None else y + bias.float()).to(dtype)
 
 

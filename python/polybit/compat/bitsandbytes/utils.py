@@ -63,10 +63,12 @@ def find_outlier_dims(
 ) -> Tensor:
     """Columns (reduction_dim 0) whose standard deviation is beyond `zscore` deviations of all, or the `topk` largest.
 
-    rdm: `topk` random ones instead. int64 [found].
+    rdm: `topk` random ones instead (TypeError without a topk). int64 [found].
     """
     if rdm:
-        return torch.randint(0, weight.shape[1], (topk or 0,), device=weight.device)
+        if topk is None:
+            raise TypeError("find_outlier_dims: rdm needs topk, the number of columns")
+        return torch.randint(0, weight.shape[1], (topk,), device=weight.device)
     deviation = weight.std(reduction_dim)
     if topk is not None:
         return deviation.topk(topk).indices

@@ -41,7 +41,7 @@ class LAMB(Optimizer2State):
 
 
 class LAMB8bit(LAMB):
-    """LAMB with 8-bit states."""
+    """LAMB with 8-bit states. Raises ValueError for another max_unorm."""
 
     _width = 8
 
@@ -59,6 +59,8 @@ class LAMB8bit(LAMB):
         min_8bit_size: int = 4096,
         max_unorm: float = 1.0,
     ) -> None:
+        if max_unorm != 1.0:
+            raise ValueError(f"{type(self).__name__}: max_unorm must keep its default 1.0, got {max_unorm}")
         super().__init__(
             params,
             lr,

@@ -82,7 +82,12 @@ class GlobalOptimManager:
             self._configs[param] = {**self._configs.get(param, {}), **(key_value_dict or {})}  # type: ignore[no-untyped-call]
 
     def register_module_override(self, module: nn.Module, param_name: str, config: dict[str, Any]) -> None:
-        """override_config for whatever parameter the module has by that name when an optimizer makes a step."""
+        """override_config for whatever parameter the module has by that name when an optimizer makes a step.
+
+        Raises AttributeError if it has nothing by that name now.
+        """
+        if not hasattr(module, param_name):
+            raise AttributeError(f"register_module_override: {type(module).__name__} has no parameter {param_name!r}")
         self._modules.append((weakref.ref(module), param_name, config))
 
     def configs(self) -> dict[int, dict[str, Any]]:
@@ -159,11 +164,15 @@ class Optimizer8bit(native.Optimizer):
         owner, usual = type(self).__name__, _LAYERWISE.get(self.optimizer_name, 0.0)
         if options.get("max_unorm", usual) != usual:
             raise NotImplementedError(f"{owner}: updates are not clipped; max_unorm must be {usual}")
+        if options.get("optim_bits", 32) not in (8, 32):
+            raise NotImplementedError(f"{owner}: optim_bits must be 8 or 32, got {options['optim_bits']!r}")
         if options.get("skip_zeros"):
             raise NotImplementedError(f"{owner}: skip_zeros is not supported")
 
     def _options(self, group: dict[str, Any]) -> tuple[type[native.Optimizer], dict[str, Any]]:
         """The native class of the rule, and the group as that knows it."""
+        if not hasattr(self, "optimizer_name"):
+            raise NotImplementedError(f"{type(self).__name__}: needs a rule; use Optimizer1State or Optimizer2State")
         family, names, fixed = _FAMILIES[self.optimizer_name]
         return family, {**fixed, **group, **dict(zip(names, group["betas"]))}
 
