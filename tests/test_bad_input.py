@@ -8,9 +8,12 @@ import pytest
 import torch
 from torch import nn
 
-from polybit import functional
-from polybit.nn import Linear4bit, Linear8bit, LinearKbit, quantize_
+import polybit
+from polybit import functional, optim
+from polybit.backends import resolve
+from polybit.nn import Embedding4bit, Linear4bit, Linear8bit, LinearKbit, dequantize_, quantize_
 from polybit.qtensor import quantize
+from polybit.testing import check
 
 X = torch.linspace(-1, 1, 256).view(4, 64)
 
@@ -111,6 +114,89 @@ def test_sizes_of_a_layer() -> None:
             Linear4bit(size, 8)
         with pytest.raises(ValueError, match=f"out_features must be positive, got {size}"):
             Linear8bit(8, size)
+
+
+def layers() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: quantize(X.to_sparse(), "nf4"), TypeError, "x must be dense, got torch.sparse_coo: use x.to_dense"),
+        (lambda: quantize(X, "nf4", double_quant="yes"), TypeError, "double_quant must be True or False, got 'yes'"),
+        (lambda: quantize(X, "nf4").numpy(), TypeError, "dequantize"),
+        (lambda: quantize_({"weight": X}, "nf4"), TypeError, "must be a torch.nn.Module, got dict; load a state dict"),
+        (lambda: quantize_(None, "nf4"), TypeError, "must be a torch.nn.Module, got NoneType$"),
+        (lambda: dequantize_([layers()]), TypeError, "must be a torch.nn.Module, got list"),
+        (lambda: quantize_(layers(), "nf4", overrides=["0"]), TypeError, "overrides must be a dict .*got list"),
+        (lambda: quantize_(layers(), "nf4", overrides={"down": "int8"}), ValueError, "Embedding of the model: 0, 1$"),
+        (lambda: quantize_(layers(), "nf4", device="gpu"), ValueError, "device 'gpu' cannot be used here .*has cpu"),
+        (lambda: quantize_(layers(), "nf4", device="cuda:99"), ValueError, "device 'cuda:99' cannot be used here"),
+        (lambda: quantize_(layers(), "int8", threshold="6"), TypeError, "threshold must be a number, .*got '6'"),
+        (lambda: Linear4bit("64", 64), TypeError, "in_features must be an int, got '64'"),
+        (lambda: Linear4bit.from_linear(nn.ReLU()), TypeError, "expected a torch.nn.Linear, got ReLU"),
+        (lambda: Linear8bit.from_linear(nn.Conv2d(1, 1, 1)), TypeError, "expected a torch.nn.Linear, got Conv2d"),
+        (lambda: Embedding4bit.from_embedding(nn.ReLU()), TypeError, "expected a torch.nn.Embedding, got ReLU"),
+        (lambda: Linear4bit(64, 8)([1.0] * 64), TypeError, "linear: x must be a tensor, got list"),
+        (lambda: Embedding4bit(9, 64)([1]), TypeError, "embedding: index must be a tensor .*got list"),
+        (lambda: functional.linear(X, X), TypeError, "weight must be a QTensor, .*got a torch.float32 tensor"),
+        (lambda: functional.linear_int8(X, X), TypeError, "linear_int8: weight must be a QTensor"),
+        (lambda: functional.embedding(torch.tensor([1]), X), TypeError, "embedding: weight must be a QTensor"),
+        (lambda: functional.linear_grouped(X, X, X), TypeError, "linear_grouped: weight must be a QTensor"),
+        (lambda: polybit.backend(["cpu"]).__enter__(), TypeError, "names must be one string, .*got \\['cpu'\\]"),
+        (lambda: polybit.backend("no_gpu").__enter__(), polybit.BackendError, "'no_gpu' is unknown. Known:\n  cpu:"),
+        (lambda: resolve("matmul"), ValueError, "no op is called 'matmul'; ops: quantize_blockwise, "),
+        (lambda: check("matmul", "cpu"), ValueError, "no op is called 'matmul'; ops: quantize_blockwise, "),
+        (lambda: optim.AdamW8bit([X], lr="1e-3"), TypeError, "AdamW8bit: lr must be a number, got '1e-3'"),
+    ],
+)
+def test_what_was_wrong_and_what_is_right(call: Any, error: type[Exception], message: str) -> None:
+    """Instead of an AttributeError or a message of torch's insides."""
+    with pytest.raises(error, match=message):
+        call()
+
+
+def test_dense_weights_do_not_load_into_a_quantized_model() -> None:
+    model = quantize_(layers(), "nf4")
+    with pytest.raises(ValueError, match=r"0.weight is not quantized; load a dense state dict before the model is"):
+        model.load_state_dict(layers().state_dict())
+    damaged = {key: value for key, value in model.state_dict().items() if "quant_state" not in key}
+    with pytest.raises(ValueError, match=r"quant_state.<owner>__<format> is missing$"):
+        model.load_state_dict(damaged)
+
+
+def trained(kind: Any) -> Any:
+    optimizer = kind([nn.Parameter(torch.zeros(4096)), nn.Parameter(torch.zeros(4096))], lr=1e-3)
+    for parameter in optimizer.param_groups[0]["params"]:
+        parameter.grad = torch.ones(4096)
+    optimizer.step()
+    return optimizer
+
+
+@pytest.mark.parametrize(
+    ("state", "kind", "message"),
+    [
+        (lambda: layers().state_dict(), optim.AdamW8bit, "state_dict.. of an optimizer, .*got 0.weight, 0.bias, 1.wei"),
+        (
+            lambda: trained(torch.optim.AdamW).state_dict(),
+            optim.AdamW8bit,
+            "There are step, exp_avg, exp_avg_sq .param",
+        ),
+        (lambda: trained(optim.Lion8bit).state_dict(), optim.AdamW8bit, "state2 is missing: .*another .*parameter 0"),
+        (lambda: trained(optim.AdamW8bit).state_dict(), optim.Lion8bit, "state2 is not of this optimizer.*parameter 0"),
+        (lambda: optim.Lion([X, X + 1, X + 2], lr=1).state_dict(), optim.Lion8bit, r"parameters .*\[3\], wanted \[2\]"),
+    ],
+)
+def test_states_of_something_else(state: Any, kind: Any, message: str) -> None:
+    """Nothing of them is taken over."""
+    optimizer = trained(kind)
+    before = {name: value.clone() for name, value in optimizer.state_dict()["state"][0].items() if name != "step"}
+    with pytest.raises(ValueError, match=message):
+        optimizer.load_state_dict(state())
+    assert all(
+        torch.equal(value, before[name]) for name, value in optimizer.state_dict()["state"][0].items() if name != "step"
+    )
 
 
 OPS = torch.ops.polybit

@@ -116,13 +116,31 @@ def refused(source: Path, target: Path, *words: str, options: tuple[str, ...] = 
 def test_wrong_folder(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     refused(tmp_path / "empty", tmp_path / "out", "config.json is missing")
-    refused(tmp_path / "absent", tmp_path / "out", "config.json is missing")
+    refused(tmp_path / "absent", tmp_path / "out", "absent: no such folder", "has to be downloaded first")
+
+
+def test_a_folder_without_weights_that_can_be_quantized(single: Path, tmp_path: Path) -> None:
+    refused(single / "config.json", tmp_path / "out", "config.json: is a file, the folder of a model is wanted")
+    refused(single, tmp_path / "out", "nothing to quantize", "all of them are skipped", options=("--skip", "*"))
+    (single / "model.safetensors").rename(single / "pytorch_model.bin")
+    refused(single, tmp_path / "out", "neither model.safetensors nor", "save it as safetensors first")
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:99"])
+def test_a_device_that_is_not_there(device: str, single: Path, tmp_path: Path) -> None:
+    refused(
+        single,
+        tmp_path / "out",
+        f"device '{device}' cannot be used here",
+        "torch has cpu",
+        options=("--device", device),
+    )
 
 
 def test_existing_target(single: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").write_text("keep")
-    refused(single, tmp_path / "out", "not an empty folder")
+    refused(single, tmp_path / "out", "not an empty folder; remove it or choose another")
     assert (tmp_path / "out" / "mine.txt").read_text() == "keep"
 
 
@@ -268,6 +286,24 @@ def test_check_fails_when_native_ops_are_lost(tmp_path: Path, monkeypatch: pytes
     code, text = run("check", "--backend", "mine")
     assert code == 1
     assert "fell below the committed 2" in text
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "command", "words"),
+    [
+        ("POLYBIT_DETERMINISTIC", "yes", "info", "polybit: POLYBIT_DETERMINISTIC: wanted 0 or 1, got 'yes'\n"),
+        ("POLYBIT_BACKEND", "cpux", "quantize", "polybit quantize: backend 'cpux' is unknown. Known:\n  cpu:"),
+        ("POLYBIT_FALLBACK", "loud", "quantize", "POLYBIT_FALLBACK: wanted one of warn, error, silent, got 'loud'\n"),
+    ],
+)
+def test_a_wrong_variable_is_no_traceback(
+    name: str, value: str, command: str, words: str, single: Path, tmp_path: Path
+) -> None:
+    folders = [str(single), str(tmp_path / "out")] if command == "quantize" else []
+    code = f"import sys; from polybit.cli import main; sys.argv = {['polybit', command, *folders]!r}; main()"
+    done = run_python(code, check=False, **{name: value})
+    assert (done.returncode, done.stdout) == (2, "") and words in done.stderr, done.stderr
+    assert "Traceback" not in done.stderr and not (tmp_path / "out").exists()
 
 
 README = Path(__file__).parent.parent / "README.md"

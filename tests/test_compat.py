@@ -188,6 +188,10 @@ def test_run_replaces_it_for_scripts_modules_and_their_children(tmp_path: Path) 
         "import runpy, sys\nsys.argv = ['x']\nrunpy.run_module('polybit.run', run_name='__main__')", check=False
     )
     assert nothing.returncode == 2 and "usage: python -m polybit.run" in nothing.stderr
+    for argument, words in (("absent.py", "absent.py: no such file"), ("-m absent", "no module named absent")):
+        code = f"from polybit.run import main\nmain({argument.split()!r})"
+        absent = run_python(code, check=False)
+        assert (absent.returncode, absent.stderr) == (2, f"python -m polybit.run: {words}\n")
 
 
 # What is not offered, and why. docs/bitsandbytes.md says the same.

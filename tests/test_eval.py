@@ -272,12 +272,26 @@ def test_eval_of_wrong_folders(tmp_path: Path) -> None:
     save(tmp_path / "model", llama(True))
     quantize_folder(tmp_path / "model", tmp_path / "out", "nf4")
     text = tmp_path / "model" / "text.txt"
-    assert run("eval", tmp_path / "model", tmp_path / "absent", "--text", text)[0] == 2
-    assert run("eval", tmp_path / "model", tmp_path / "out", "--text", tmp_path / "absent.txt")[0] == 2
     code, out, error = run("eval", tmp_path / "model", tmp_path / "out", "--text", text, "--stride", 99)
     assert (code, out) == (2, "")
     assert "stride must be" in error
     config = json.loads((tmp_path / "out" / "config.json").read_text())
+    (tmp_path / "latin.txt").write_bytes("Straße".encode("latin-1"))
+    (tmp_path / "bert").mkdir()
+    (tmp_path / "bert" / "config.json").write_text('{"model_type": "bert"}')
+    for target, words, options in (
+        ("absent", "absent: no such folder", ["--text", text]),
+        ("out", "absent.txt: No such file", ["--text", tmp_path / "absent.txt"]),
+        ("out", "latin.txt: no text in UTF-8", ["--text", tmp_path / "latin.txt"]),
+        ("out", "device 'gpu' cannot be used here", ["--text", text, "--device", "gpu"]),
+        ("out", "its name must end in one of .", ["--text", text, "--plot", tmp_path / "picture.xyz"]),
+        ("bert", "their model types are bert and llama", ["--text", text]),
+    ):
+        code, out, error = run("eval", tmp_path / "model", tmp_path / target, *options)
+        assert (code, out) == (2, "") and words in error, error
+    (tmp_path / "model" / "tokenizer.json").rename(tmp_path / "tokenizer.json")
+    code, out, error = run("eval", tmp_path / "model", tmp_path / "out", "--text", text)
+    assert (code, out) == (2, "") and "model: its tokenizer cannot be loaded" in error, error
     (tmp_path / "out" / "config.json").write_text(json.dumps(config | {"intermediate_size": 96}))
     with pytest.raises((FolderError, ValueError), match="shape"):
         load_model(tmp_path / "out")

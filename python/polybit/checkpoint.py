@@ -173,7 +173,9 @@ def _find_state(tensors: Mapping[str, Tensor], prefix: str) -> tuple[str, Format
     head = f"{prefix}.quant_state."
     keys = [key for key in tensors if key.startswith(head)]
     if len(keys) != 1:
-        what = "is missing" if not keys else f"appears {len(keys)} times: {', '.join(sorted(keys))}"
+        dense = not any(key.startswith(f"{prefix}.") for key in tensors)
+        hint = f": {prefix} is not quantized; load a dense state dict before the model is quantized" if dense else ""
+        what = f"is missing{hint}" if not keys else f"appears {len(keys)} times: {', '.join(sorted(keys))}"
         raise ValueError(f"checkpoint: {head}<owner>__<format> {what}")
     name = keys[0].removeprefix(head).partition("__")[2]
     try:

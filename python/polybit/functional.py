@@ -35,11 +35,24 @@ def autocast_is_on(x: Tensor) -> bool:
     return _has_autocast(x.device.type) and torch.is_autocast_enabled(x.device.type)
 
 
-def _compute_dtype(x: Tensor) -> Tensor:
+def _compute_dtype(name: str, x: Tensor) -> Tensor:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: x must be a tensor, got {type(x).__name__}")
     # Autocast does not know the ops of other libraries; a linear layer is one of those it runs in the lower precision.
     if not autocast_is_on(x) or x.dtype not in KERNEL_DTYPES:
         return x
     return x.to(torch.get_autocast_dtype(x.device.type))
+
+
+def _check_quantized(name: str, weight: Tensor, kind: str | None = None, words: str = "") -> None:
+    if not isinstance(weight, QTensor):
+        raise TypeError(f"{name}: weight must be a QTensor, as polybit.quantize makes it, got {_described(weight)}")
+    if kind is not None and weight.format.kind != kind:
+        raise ValueError(f"{name}: weight must be {words}, got {weight.format_name}")
+
+
+def _described(value: object) -> str:
+    return f"a {value.dtype} tensor" if isinstance(value, Tensor) else type(value).__name__
 
 
 def _check(name: str, x: Tensor, shape: torch.Size, device: torch.device, bias: Tensor | None) -> int:
@@ -77,7 +90,8 @@ def linear(x: Tensor, weight: QTensor, bias: Tensor | None = None, *, activation
     ValueError when dtypes, shapes or devices do not fit, or for other `activations`.
     """
     check_activations(activations)
-    x = _compute_dtype(x)
+    _check_quantized("linear", weight)
+    x = _compute_dtype("linear", x)
     n = _check("linear", x, weight.shape, weight.q.device, bias)
     if bias is not None:
         bias = bias.to(x.dtype)
@@ -121,9 +135,8 @@ def linear_grouped(x: Tensor, weight: QTensor, group_end: Tensor, *, transposed:
     where it is on); rows behind the last group are zero. Only experts that have rows are read. Differentiable in x.
     Raises TypeError or ValueError when dtypes, shapes or devices do not fit, or for a format that is not k-bit.
     """
-    if weight.format.kind != "kbit":
-        raise ValueError(f"linear_grouped: weight must be k-bit, got {weight.format_name}")
-    x = _compute_dtype(x)
+    _check_quantized("linear_grouped", weight, "kbit", "k-bit")
+    x = _compute_dtype("linear_grouped", x)
     n = _check_grouped("linear_grouped", x, weight, group_end, transposed)
     ops = torch.ops.polybit
     product = ops.matmul_kbit_grouped_transposed if transposed else ops.matmul_kbit_grouped
@@ -140,9 +153,8 @@ def linear_int8(x: Tensor, weight: QTensor, bias: Tensor | None = None, *, thres
     it does not matter which rows come together.
     Source: Dettmers et al., "LLM.int8()", 2022, section 3. Raises TypeError or ValueError when arguments do not fit.
     """
-    if weight.format.kind != "int8":
-        raise ValueError(f"linear_int8: weight must be int8, got {weight.format_name}")
-    x = _compute_dtype(x)
+    _check_quantized("linear_int8", weight, "int8", "int8")
+    x = _compute_dtype("linear_int8", x)
     _check("linear_int8", x, weight.shape, weight.q.device, bias)
     if bias is not None:
         bias = bias.to(x.dtype)
@@ -158,9 +170,8 @@ def linear_int8_grouped(x: Tensor, weight: QTensor, group_end: Tensor, *, thresh
     group are zero. Differentiable in x. The host reads group_end: it waits for the device, and torch.compile breaks the
     graph here. Raises TypeError or ValueError when dtypes, shapes or devices do not fit, or for another format.
     """
-    if weight.format.kind != "int8":
-        raise ValueError(f"linear_int8_grouped: weight must be int8, got {weight.format_name}")
-    x = _compute_dtype(x)
+    _check_quantized("linear_int8_grouped", weight, "int8", "int8")
+    x = _compute_dtype("linear_int8_grouped", x)
     n = _check_grouped("linear_int8_grouped", x, weight, group_end, False)
     q, absmax, by_row = weight.q, weight.absmax, int(deterministic())
     ends = [0, *group_end.tolist()]
@@ -186,7 +197,7 @@ def linear_int8_trained(x: Tensor, weight: Tensor, bias: Tensor | None = None, *
         raise TypeError(f"linear_int8_trained: weight must be a plain tensor, got a QTensor ({weight.format_name})")
     if weight.dtype not in KERNEL_DTYPES:
         raise TypeError(f"linear_int8_trained: weight must be fp32, fp16 or bf16, got {weight.dtype}")
-    x = _compute_dtype(x)
+    x = _compute_dtype("linear_int8_trained", x)
     _check("linear_int8_trained", x, weight.shape, weight.device, bias)
     if bias is not None:
         bias = bias.to(x.dtype)
@@ -196,6 +207,9 @@ def linear_int8_trained(x: Tensor, weight: Tensor, bias: Tensor | None = None, *
 
 def embedding(index: Tensor, weight: QTensor) -> Tensor:
     """Rows `index` (int64 or int32, any shape) of a k-bit or int8 table [n, k]: a tensor [..., k] of weight's dtype."""
+    _check_quantized("embedding", weight)
+    if not isinstance(index, Tensor):
+        raise TypeError(f"embedding: index must be a tensor of int64 or int32, got {type(index).__name__}")
     if weight.dim() != 2:
         raise ValueError(f"embedding: weight must have 2 dimensions, got {list(weight.shape)}")
     if index.dtype not in (torch.int64, torch.int32):
@@ -225,7 +239,7 @@ def _torch_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> 
     if (
         weight.dim() != 2
         or weight.format.kind != "kbit"
-        or input.dtype not in (weight.dtype, _compute_dtype(input).dtype)
+        or input.dtype not in (weight.dtype, _compute_dtype("linear", input).dtype)
     ):
         return NotImplemented
     if weight.dtype not in KERNEL_DTYPES:

@@ -28,6 +28,12 @@ class FolderError(ValueError):
 def read_config(folder: Path) -> dict[str, Any]:
     """The content of config.json. Raises FolderError if it is missing or damaged."""
     path = folder / "config.json"
+    if folder.is_file():
+        raise FolderError(f"{folder}: is a file, the folder of a model is wanted")
+    if not folder.exists():
+        raise FolderError(
+            f"{folder}: no such folder; a model of the Hub has to be downloaded first, polybit fetches none"
+        )
     if not path.is_file():
         raise FolderError(f"{folder}: no model folder (config.json is missing)")
     try:
@@ -55,7 +61,11 @@ def weight_files(folder: Path) -> list[Path]:
     elif (folder / SINGLE).is_file():
         names = [SINGLE]
     else:
-        raise FolderError(f"{folder}: neither {SINGLE} nor {INDEX}")
+        others = any(folder.glob("*.bin")) or any(folder.glob("*.pth"))
+        hint = (
+            ": save it as safetensors first, with from_pretrained and save_pretrained of transformers" if others else ""
+        )
+        raise FolderError(f"{folder}: neither {SINGLE} nor {INDEX}{hint}")
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         raise FolderError(f"{folder}: shard {missing[0]} is missing")

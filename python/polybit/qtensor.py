@@ -43,6 +43,13 @@ def check_block_size(block_size: int) -> None:
         raise ValueError(f"block_size must be a power of two, 16...4096, got {block_size}")
 
 
+def check_flags(**flags: bool) -> None:
+    """Raise TypeError unless every option is True or False."""
+    for name, flag in flags.items():
+        if not isinstance(flag, bool):
+            raise TypeError(f"{name} must be True or False, got {flag!r}")
+
+
 def state_name(format: str) -> str:
     """<owner>__<format>: what a checkpoint calls the description of a tensor of this format."""
     owner = "bitsandbytes" if format in ("nf4", "fp4") else "polybit"
@@ -448,6 +455,9 @@ def quantize(
     if not isinstance(x, Tensor) or x.dtype not in KERNEL_DTYPES:
         got = x.dtype if isinstance(x, Tensor) else type(x).__name__
         raise TypeError(f"quantize: x must be a tensor of fp32, fp16 or bf16, got {got}")
+    if x.layout != torch.strided:
+        raise TypeError(f"quantize: x must be dense, got {x.layout}: use x.to_dense()")
+    check_flags(double_quant=double_quant, search=search)
     if search and format.kind != "kbit":
         raise ValueError(f"quantize: the scale search is for k-bit formats, {format.name} has none")
     if isinstance(x, QTensor):

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from polybit import checkpoint
+from polybit.devices import usable_device
 from polybit.model_folder import INDEX, FolderError, conv1d_layers, is_embedding, read_config, weight_files
 from polybit.nn import Settings
 from polybit.nn.convert import Override, matches, read_override
@@ -68,9 +69,10 @@ def quantize_folder(
     The folder is written beside the target and renamed when it is complete and on disk. A run that was killed leaves a
     hidden folder behind, which the next run on this target removes.
 
-    Raises ValueError for an unknown format, a wrong option or an override that matches nothing, FolderError for a wrong
-    source or an unusable target.
+    Raises ValueError for an unknown format, a wrong option, a device that is not there or an override that matches
+    nothing, FolderError for a wrong source, one without anything to quantize, or an unusable target.
     """
+    device = usable_device(device)
     base = Settings(format, block_size, double_quant, search, threshold, compute_dtype, activations)
     rules = _Rules(base, skip, overrides, embeddings)
     config, files = read_config(source), weight_files(source)
@@ -137,17 +139,19 @@ class _Rules:
         return settings or None
 
     def check(self, source: Path, files: list[Path]) -> None:
-        """Raise if an override matches nothing or a file is damaged, before anything is written."""
-        unused = set(self.overrides)
+        """Raise if nothing is to be quantized, an override matches nothing or a file is damaged; nothing is written."""
+        chosen, unused = False, set(self.overrides)
         for path in files:
             with _open(path) as reader:
                 for name, entry in reader.entries.items():
-                    self.find(name, entry)
+                    chosen |= self.find(name, entry) is not None
                     module = name.removesuffix(".weight")
                     if module != name and len(entry.shape) == 2:
                         unused -= {pattern for pattern in unused if matches(module, pattern)}
         if unused:
             raise ValueError(f"override of {min(unused)!r} matches no linear layer and no embedding of {source}")
+        if not chosen:
+            raise FolderError(f"{source}: nothing to quantize: it has no linear weights, or all of them are skipped")
 
 
 def _open(path: Path) -> Reader:

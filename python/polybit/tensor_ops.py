@@ -274,8 +274,17 @@ def _data_ptr(weight: QTensor) -> int:
     return weight.q.data_ptr()
 
 
+def _numpy(weight: QTensor, **_: Any) -> Any:
+    raise TypeError("QTensor: numpy has no quantized arrays; dequantize() first")
+
+
 _SET_DATA: Any = Tensor.data.__set__  # type: ignore[attr-defined]
-TORCH_FUNCTIONS |= {_SET_DATA: _set_data, Tensor.__setitem__: _set_item, Tensor.data_ptr: _data_ptr}
+TORCH_FUNCTIONS |= {
+    _SET_DATA: _set_data,
+    Tensor.__setitem__: _set_item,
+    Tensor.data_ptr: _data_ptr,
+    Tensor.numpy: _numpy,
+}
 
 ATEN_FUNCTIONS |= {
     aten.detach.default: _alias,

@@ -71,7 +71,9 @@ def check(op: str, backend: str, device: torch.device | str = "cpu", *, limit: i
 
     Raises:
         BackendError: the backend is unknown or not usable here.
+        ValueError: there is no op of that name.
     """
+    selection.check_op(op)
     spec = OPS[op]
     with selection.backend(backend, fallback="error"):
         resolution = resolve(op, torch.device(device).type)

@@ -32,7 +32,7 @@ def work_folder(target: Path) -> Iterator[Path]:
         target.parent.mkdir(parents=True, exist_ok=True)
         with _lock(target.parent / f".{target.name}.lock"):
             if target.exists() and (not target.is_dir() or any(target.iterdir())):
-                raise TakenError("exists and is not an empty folder")
+                raise TakenError("exists and is not an empty folder; remove it or choose another")
             work = target.parent / f".{target.name}.partial"
             if work.exists():
                 shutil.rmtree(work)

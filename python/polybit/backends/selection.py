@@ -15,7 +15,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import ParamSpec, TypeVar
 
-from polybit import _C
+from polybit import _C, spec
 from polybit.backends.base import Backend, BackendError, BackendInfo, Kernel, Resolution
 from polybit.backends.discovery import answers, automatic_families, catalogue, family, is_test_vehicle
 
@@ -71,7 +71,8 @@ class Selection:
     def _check(self, name: str) -> None:
         matches = [backend for backend in catalogue.backends if answers(backend.name, name)]
         if not any(not backend.reason for backend in matches):
-            what = "is not usable here" if matches else "is unknown"
+            built = family(name) in ("cuda", "hip", "sycl", "mps") and not matches
+            what = "is not usable here" if matches else "is not in this build" if built else "is unknown"
             raise BackendError(
                 f"backend {name!r} {what}. Known:\n" + "\n".join(_describe(info) for info in list_backends())
             )
@@ -109,6 +110,8 @@ _ran = threading.local()
 
 
 def _parse(names: str) -> tuple[str, ...]:
+    if not isinstance(names, str):
+        raise TypeError(f"backend: names must be one string, as in POLYBIT_BACKEND, got {names!r}")
     return tuple(part for part in (name.strip() for name in names.split(",")) if part)
 
 
@@ -178,6 +181,12 @@ def backend(names: str, *, fallback: str | None = None) -> Iterator[None]:
         _forced.reset(token)
 
 
+def check_op(op: str) -> None:
+    """Raise ValueError unless there is an op of that name."""
+    if op not in spec.OPS:
+        raise ValueError(f"no op is called {op!r}; ops: {', '.join(spec.OPS)}")
+
+
 def record(name: str) -> None:
     """Note who ran the op (for :func:`last_backend`)."""
     _ran.name = name
@@ -189,7 +198,8 @@ def last_backend() -> str | None:
 
 
 def resolve(op: str, device_type: str = "cpu") -> Resolution:
-    """Who would run ``op`` on tensors of ``device_type`` now."""
+    """Who would run ``op`` on tensors of ``device_type`` now. Raises ValueError for an op that does not exist."""
+    check_op(op)
     route = current().route(op, device_type)
     if route.kernel is None:
         return Resolution("reference", "reference", route.reason)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import typer
 
+from polybit.backends import BackendError
 from polybit.cli import bench, doctor, evaluate, quantize, support
+from polybit.cli.common import USAGE
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -22,4 +24,8 @@ app.command("eval")(evaluate.evaluate)
 
 def main() -> None:
     """Entry point of the `polybit` script and of `python -m polybit`."""
-    app(prog_name="polybit")
+    try:
+        app(prog_name="polybit")
+    except BackendError as problem:  # of any command: what POLYBIT_BACKEND and the other variables name
+        typer.echo(f"polybit: {problem}", err=True)
+        raise SystemExit(USAGE) from None

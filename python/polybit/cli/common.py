@@ -7,8 +7,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Annotated, Any, NoReturn
 
+import torch
 import typer
 from rich.console import Console
+
+from polybit.backends import BackendError
 
 WRONG = 1
 USAGE = 2
@@ -37,8 +40,14 @@ def stop(command: str, problem: object, code: int = USAGE) -> NoReturn:
 
 @contextmanager
 def input_errors(command: str) -> Iterator[None]:
-    """Whatever the library says about its input becomes a message and exit code 2."""
+    """Whatever the library says about its input, or the machine lacks, becomes a message and exit code 2."""
     try:
         yield
-    except (ValueError, TypeError, OSError) as problem:
+    except torch.OutOfMemoryError as problem:
+        stop(command, f"the device has too little memory: {str(problem).partition('. ')[0]}")
+    except MemoryError:
+        stop(command, "there is too little memory")
+    except OSError as problem:
+        stop(command, f"{problem.filename}: {problem.strerror}" if problem.filename and problem.strerror else problem)
+    except (ValueError, TypeError, ImportError, BackendError) as problem:
         stop(command, problem)

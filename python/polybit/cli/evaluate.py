@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from polybit.cli.common import Json, input_errors, print_json, stop
+from polybit.devices import usable_device
 from polybit.model_folder import read_config
 
 
@@ -35,7 +36,11 @@ def evaluate(
     from polybit.integrations.models import is_causal
 
     with input_errors("eval"):
-        content = text.read_text(encoding="utf-8")
+        content = _read(text)
+        _check_pair(source, target)
+        usable_device(device)
+        if plot is not None:
+            _check_plot(plot)
         if is_causal(read_config(source)):
             result, line = _decoder(source, target, content, window, stride, device, plot)
         elif window is None and stride is None:
@@ -46,6 +51,30 @@ def evaluate(
         print_json(result)
     else:
         typer.echo(line)
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as problem:
+        raise ValueError(f"{path}: no text in UTF-8: {problem.reason} at byte {problem.start}") from None
+
+
+def _check_pair(source: Path, target: Path) -> None:
+    kinds = [read_config(folder).get("model_type") for folder in (source, target)]
+    if kinds[0] != kinds[1]:
+        raise ValueError(f"{target} was not made from {source}: their model types are {kinds[1]} and {kinds[0]}")
+
+
+def _check_plot(path: Path) -> None:
+    """Before the models have run."""
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    known = sorted(FigureCanvasBase.get_supported_filetypes())
+    if path.suffix[1:] not in known:
+        raise ValueError(f"--plot {path}: its name must end in one of .{', .'.join(known)}")
+    if not path.parent.is_dir():
+        raise ValueError(f"--plot {path}: {path.parent} is no folder")
 
 
 def _encoder(source: Path, target: Path, text: str, device: str, plot: Path | None) -> tuple[dict[str, Any], str]:

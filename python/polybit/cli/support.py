@@ -142,7 +142,7 @@ def check(
     wanted = native_ops()
     if backend is not None:
         try:
-            with polybit.backend(backend):
+            with polybit.backend(backend, fallback="silent"):
                 pass
         except backends.BackendError as problem:
             stop("check", problem)

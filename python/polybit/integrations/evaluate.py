@@ -11,14 +11,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from polybit.model_folder import FolderError
+
 DEFAULT_WINDOW = 2048
+
+
+def _tokenizer(folder: Path) -> Any:
+    """The tokenizer of a model folder. Raises FolderError if it has none, or a damaged one."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except Exception as problem:  # transformers has many
+        reason = next(iter(str(problem).splitlines()), "")
+        raise FolderError(f"{folder}: its tokenizer cannot be loaded (tokenizer.json, ...): {reason}") from None
 
 
 def embed(model: nn.Module, folder: Path, sentences: list[str], batch: int = 32) -> Tensor:
     """Mean-pooled, normalised embeddings [sentences, hidden], fp32, on the CPU, with the folder's tokenizer."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = _tokenizer(folder)
     device = next(model.parameters()).device
     parts = []
     with torch.no_grad():
@@ -65,10 +76,7 @@ class Perplexity:
 
 def tokenize(folder: Path, text: str) -> Tensor:
     """The tokens of a text, int64 [tokens], by the folder's tokenizer."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    ids: Tensor = tokenizer(text, return_tensors="pt", verbose=False)["input_ids"][0]
+    ids: Tensor = _tokenizer(folder)(text, return_tensors="pt", verbose=False)["input_ids"][0]
     return ids
 
 

@@ -11,6 +11,7 @@ from typing import Any, Literal, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
+from polybit.devices import usable_device
 from polybit.formats import Format, get_format
 from polybit.nn.counterpart import (
     Settings,
@@ -76,12 +77,16 @@ def quantize_(
 
     Raises, before anything is replaced: ValueError (unknown format, one without a linear layer, wrong option, an
     override that matches no module, a shared weight of which one module is skipped, an embedding with max_norm,
-    scale_grad_by_freq or sparse, `model` itself a Linear) or TypeError (a weight that is not fp32, fp16 or bf16).
+    scale_grad_by_freq or sparse, `model` itself a Linear, a device that is not there) or TypeError (a weight that is
+    not fp32, fp16 or bf16, `model` no module).
     """
+    _check_model("quantize_", model)
     with _blame("quantize_"):
         base = Settings(format, block_size, double_quant, search, threshold, compute_dtype, activations)
     if isinstance(skip, str):
         raise TypeError(f"quantize_: skip must be several patterns, got the string {skip!r}")
+    if not isinstance(overrides or {}, Mapping):
+        raise TypeError(f"quantize_: overrides must be a dict {{pattern: settings}}, got {type(overrides).__name__}")
     if offload and device is None:
         raise ValueError("quantize_: offload=True needs the device to quantize on")
     if is_quantizable(model):
@@ -97,7 +102,9 @@ def quantize_(
     places = _places(model)
     for pattern in rules:
         if not any(matches(name, pattern) for place in places for name, _ in place.uses):
-            raise ValueError(f"quantize_: overrides[{pattern!r}] matches no Linear, Conv1D or Embedding of the model")
+            raise ValueError(
+                f"quantize_: overrides[{pattern!r}] matches no Linear, Conv1D or Embedding of the model{_names(places)}"
+            )
 
     def wish(name: str, module: nn.Module, place: _Place) -> _Wish:
         for pattern, settings in rules.items():
@@ -113,8 +120,11 @@ def quantize_(
 
     chosen = _choose("quantize_", places, wish)
     _check(chosen)
-    if device is not None and torch.device(device).type != "meta":
-        _check_movable(model, device)
+    if device is not None:
+        with _blame("quantize_"):
+            device = usable_device(device)
+        if device.type != "meta":
+            _check_movable(model, device)
     del places  # it would keep every dense weight alive
 
     total = len(chosen)
@@ -150,8 +160,12 @@ def dequantize_(model: M, dtype: torch.dtype | None = None) -> M:
     experts become parameters again. Raises ValueError if `model`
     itself is a quantized module.
     """
+    _check_model("dequantize_", model)
     if isinstance(model, QuantizedModule):
-        raise ValueError(f"dequantize_: the model is a {type(model).__name__} itself and cannot be replaced in place")
+        raise ValueError(
+            f"dequantize_: the model is a {type(model).__name__} itself and cannot be replaced in place; "
+            "use nn.Linear or nn.Embedding with .weight.dequantize()"
+        )
     done: dict[int, nn.Parameter] = {}
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if isinstance(module, QuantizedExperts):
@@ -162,6 +176,12 @@ def dequantize_(model: M, dtype: torch.dtype | None = None) -> M:
                 done[id(weight)] = nn.Parameter(weight.dequantize().to(dtype or weight.dtype))
             model.set_submodule(name, dense_counterpart(module, done[id(weight)]))
     return model
+
+
+def _check_model(what: str, model: object) -> None:
+    if not isinstance(model, nn.Module):
+        hint = "; load a state dict into a model first" if isinstance(model, Mapping) else ""
+        raise TypeError(f"{what}: the model must be a torch.nn.Module, got {type(model).__name__}{hint}")
 
 
 @dataclass
@@ -186,6 +206,11 @@ def _places(model: nn.Module) -> list[_Place]:
                 if id(parameter) in places:
                     places[id(parameter)].others.append((f"{name}.{last}" if name else last, module))
     return list(places.values())
+
+
+def _names(places: list[_Place], most: int = 4) -> str:
+    names = [name for place in places for name, _ in place.uses]
+    return f": {', '.join(names[:most])}{', ...' if len(names) > most else ''}" if names else ""
 
 
 def _choose(

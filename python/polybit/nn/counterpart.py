@@ -22,7 +22,7 @@ from polybit.nn.linear import (
     transposed_weight,
 )
 from polybit.nn.module import QuantizedModule
-from polybit.qtensor import QTensor, check_block_size, quantize
+from polybit.qtensor import QTensor, check_block_size, check_flags, quantize
 
 
 @dataclass(frozen=True)
@@ -47,9 +47,7 @@ class Settings:
         if format.kind == "blockwise":
             raise ValueError(f"{format.name} has no linear layer and no embedding; choose a k-bit format or int8")
         check_block_size(self.block_size)
-        for name in ("double_quant", "search"):
-            if not isinstance(getattr(self, name), bool):
-                raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
+        check_flags(double_quant=self.double_quant, search=self.search)
         if self.search and format.kind == "int8":
             raise ValueError("the scale search is for k-bit formats, int8 has none")
         check_threshold(self.threshold)

@@ -63,7 +63,9 @@ def _dense(rows: int, columns: int, padding_idx: int | None, device: object, dty
 
 
 def check_embedding(embedding: nn.Embedding, name: str = "embedding") -> None:
-    """Raise ValueError if `embedding` has an option that a frozen table cannot honour: max_norm, gradient options."""
+    """Raise TypeError if it is none, ValueError for an option that a frozen table cannot honour: max_norm, ..."""
+    if not isinstance(embedding, nn.Embedding):
+        raise TypeError(f"{name}: expected a torch.nn.Embedding, got {type(embedding).__name__}")
     for option, off in (("max_norm", None), ("scale_grad_by_freq", False), ("sparse", False)):
         value = getattr(embedding, option)
         if value != off:

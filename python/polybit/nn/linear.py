@@ -64,8 +64,17 @@ class QuantizedLinear(QuantizedModule, nn.Linear):
         return ", ".join(options)
 
 
+def check_linear(linear: nn.Module) -> None:
+    """Raise TypeError unless it is an nn.Linear."""
+    if not isinstance(linear, nn.Linear):
+        hint = "; from_conv1d takes that of GPT-2" if type(linear).__name__ == "Conv1D" else ""
+        raise TypeError(f"from_linear: expected a torch.nn.Linear, got {type(linear).__name__}{hint}")
+
+
 def check_threshold(threshold: float) -> None:
-    """Raise ValueError unless `threshold` is 0 or positive."""
+    """Raise TypeError or ValueError unless `threshold` is a number, 0 or positive."""
+    if not isinstance(threshold, (int, float)):
+        raise TypeError(f"threshold must be a number, 0 or positive, got {threshold!r}")
     if not threshold >= 0:
         raise ValueError(f"threshold must be 0 or positive, got {threshold}")
 
@@ -140,7 +149,11 @@ class LinearKbit(QuantizedLinear):
         compute_dtype: torch.dtype | None = None,
         activations: str | None = None,
     ) -> Kbit:
-        """A layer with the quantized weight of `linear`, on its device; the bias parameter is shared, not copied."""
+        """A layer with the quantized weight of `linear`, on its device; the bias parameter is shared, not copied.
+
+        Raises TypeError if `linear` is no nn.Linear.
+        """
+        check_linear(linear)
         dense, format = linear.weight, kbit_format(format, cls.__name__, "Linear8bit")
         weight = quantize(dense, format, block_size=block_size, double_quant=double_quant, search=search)
         options: Any = {"compute_dtype": compute_dtype, "activations": activations}
@@ -230,7 +243,11 @@ class Linear8bit(QuantizedLinear):
     def from_linear(
         cls: type[Int8], linear: nn.Linear, *, threshold: float = 6.0, compute_dtype: torch.dtype | None = None
     ) -> Int8:
-        """A layer with the quantized weight of `linear`, on its device; the bias parameter is shared, not copied."""
+        """A layer with the quantized weight of `linear`, on its device; the bias parameter is shared, not copied.
+
+        Raises TypeError if `linear` is no nn.Linear.
+        """
+        check_linear(linear)
         weight = quantize(linear.weight, "int8")
         options: Any = {"threshold": threshold, "compute_dtype": compute_dtype}
         return cls.from_weight(weight, linear.bias, **options).train(linear.training)

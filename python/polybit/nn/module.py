@@ -204,7 +204,9 @@ def kbit_format(format: str | Format, what: str, instead: str) -> Format:
 
 
 def check_sizes(**sizes: int) -> None:
-    """Raise ValueError unless every size is positive."""
+    """Raise TypeError or ValueError unless every size is a positive integer."""
     for name, size in sizes.items():
+        if not isinstance(size, (int, torch.SymInt)):
+            raise TypeError(f"{name} must be an int, got {size!r}")
         if size < 1:
             raise ValueError(f"{name} must be positive, got {size}")

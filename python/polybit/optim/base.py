@@ -200,9 +200,18 @@ class Optimizer(torch.optim.Optimizer):
         for before in self._optimizer_load_state_dict_pre_hooks.values():
             changed = before(self, state_dict)
             state_dict = state_dict if changed is None else changed
+        if not {"state", "param_groups"} <= state_dict.keys():
+            got = ", ".join(map(str, list(state_dict)[:3])) or "nothing"
+            raise ValueError(
+                f"load_state_dict: wanted the state_dict() of an optimizer, with state and param_groups, got {got}"
+            )
         saved = state_dict["param_groups"]
-        if [len(group["params"]) for group in saved] != [len(group["params"]) for group in self.param_groups]:
-            raise ValueError("load_state_dict: the groups have other numbers of parameters than the optimizer's")
+        given, wanted = ([len(group["params"]) for group in groups] for groups in (saved, self.param_groups))
+        if given != wanted:
+            raise ValueError(
+                "load_state_dict: the groups have other numbers of parameters than the optimizer's: "
+                f"{given}, wanted {wanted}"
+            )
         groups = [self._merge(theirs, ours) for theirs, ours in zip(saved, self.param_groups)]
         states: dict[Tensor, State] = {}
         for theirs, group in zip(saved, groups):
@@ -212,7 +221,10 @@ class Optimizer(torch.optim.Optimizer):
                 if entry:
                     entry = {**entry, **entry.get(WRAPPED, {})}
                     states[param] = self._fresh(param, group, settings_of(param, group))
-                    copy_state(self.rule(group), entry, states[param])
+                    try:
+                        copy_state(self.rule(group), entry, states[param])
+                    except ValueError as problem:
+                        raise ValueError(f"{problem} (parameter {key})") from None
         self.__setstate__({"state": defaultdict(dict, states), "param_groups": groups})
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
@@ -231,6 +243,8 @@ class Optimizer(torch.optim.Optimizer):
 def _check_number(owner: str, name: str, value: Any) -> None:
     """Numbers are 0 or more; betas, below 1."""
     values = value if isinstance(value, (tuple, list)) else [value]
+    if wrong := [number for number in values if isinstance(number, (str, bytes))]:
+        raise TypeError(f"{owner}: {name} must be a number, got {wrong[0]!r}")
     if any(isinstance(number, (int, float, Tensor)) and not number >= 0 for number in values):
         raise ValueError(f"{owner}: {name} must be 0 or more, got {value}")
     if name == "betas" and not all(0 <= beta < 1 for beta in values):

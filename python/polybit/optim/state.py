@@ -167,7 +167,11 @@ def copy_state(rule: str, source: State, target: State) -> None:
     parts = ("state", "absmax", "qmap") if of_source == 8 else ("state",)
     for name in ("step", *(part + slot.name for part in parts for slot in slots(rule))):
         if name not in source:
-            raise ValueError(f"load_state_dict: {name} is missing")
+            there = ", ".join(map(str, source))
+            raise ValueError(f"load_state_dict: {name} is missing: is this of another optimizer? There are {there}")
+    surplus = {"state2", "state3"} & source.keys() - {"state" + slot.name for slot in slots(rule)}
+    if surplus:
+        raise ValueError(f"load_state_dict: {min(surplus)} is not of this optimizer: is this of another one?")
     source = _as_distributed(rule, source, target)
     parts = parts if bits_of(source) == of_source else ("state",)
     ours = [
