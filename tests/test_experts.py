@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 from copy import deepcopy
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from typer.testing import CliRunner
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import accelerate
 import peft
 import transformers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from polybit import PolybitConfig, QTensor, quantize
+from polybit.cli import app
 from polybit.functional import linear_grouped, linear_int8, linear_int8_grouped
-from polybit.nn import Linear4bit, Linear8bit, dequantize_
+from polybit.model_folder import FolderError
+from polybit.nn import Linear8bit, dequantize_
 from polybit.quantize_folder import quantize_folder
 
 SIZES = {
@@ -323,11 +329,72 @@ def test_which_stacks_are_quantized(dense: dict[str, tuple[Any, Path]], tmp_path
         load(other, its, quantization_config=PolybitConfig("int8"))
     with pytest.raises(ValueError, match="matches no Linear"):
         load(model, folder, quantization_config=PolybitConfig(overrides={"nothing": "nf3"}))
-    config = PolybitConfig(skip=["*.experts.*", "experts", "gate", "lm_head"])
-    quantize_folder(folder, tmp_path / "folder", "nf4", skip=["*.experts.*", "gate", "lm_head"])
+
+
+FOLDERS: dict[str, dict[str, Any]] = {
+    "nf4": {},
+    "int8": {"format": "int8", "threshold": 2.0},
+    "straddling": {"format": "nf3", "block_size": 4096},
+    "some": {"overrides": {"*.1.mlp.experts.down_proj": None, "*.mlp.experts": {"format": "nf2", "block_size": 32}}},
+    "none": {"skip": ("experts", "lm_head")},
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "how"),
+    [*product(("mixtral", "qwen3"), FOLDERS), *product(("deepseek", "gpt_oss"), ("nf4", "some"))],
+)
+def test_folders(dense: dict[str, tuple[Any, Path]], tmp_path: Path, name: str, how: str) -> None:
+    """polybit quantize, of shards that take experts apart: the model that from_pretrained makes, entry by entry."""
+    model, options = dense[name][0], FOLDERS[how]
+    model.save_pretrained(tmp_path / "shards", max_shard_size="60KB")
+    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 5
+    summary = quantize_folder(tmp_path / "shards", tmp_path / "folder", **options)
+    want = load(model, tmp_path / "shards", quantization_config=PolybitConfig(**options))
     opened = load(model, tmp_path / "folder")
-    assert not stacks(opened) and type(opened.model.layers[0].self_attn.q_proj) is Linear4bit
-    assert torch.equal(logits(opened), logits(load(model, folder, quantization_config=config)))
+    assert torch.equal(logits(opened), logits(want)) and bool(stacks(opened)) == (how != "none")
+    found, wanted = opened.state_dict(), want.state_dict()
+    assert found.keys() == wanted.keys() and all(torch.equal(value, wanted[key]) for key, value in found.items())
+
+    files = list((tmp_path / "folder").glob("*.safetensors"))
+    written = {key: path.name for path in files for key in load_file(path)}
+    assert json.loads((tmp_path / "folder" / "model.safetensors.index.json").read_text())["weight_map"] == written
+    assert summary.bytes_after == sum(value.nbytes for path in files for value in load_file(path).values())
+    opened.save_pretrained(tmp_path / "saved")
+    assert torch.equal(logits(load(model, tmp_path / "saved")), logits(want))
+    if how in ("nf4", "int8"):  # by another way the same names; of dense stacks a saved model has the whole
+        assert written.keys() == load_file(tmp_path / "saved" / "model.safetensors").keys()
+        assert summary.bytes_before > 2 * summary.bytes_after
+
+
+@pytest.mark.parametrize("name", ("mixtral", "qwen3"))
+def test_the_command(dense: dict[str, tuple[Any, Path]], tmp_path: Path, name: str) -> None:
+    """polybit quantize FOLDER TARGET --format nf4."""
+    model, folder = dense[name]
+    done = CliRunner().invoke(app, ["quantize", str(folder), str(tmp_path / "out"), "--format", "nf4"])
+    assert done.exit_code == 0 and "tensors in nf4, " in done.output, done.output
+    opened = load(model, tmp_path / "out")
+    assert len(stacks(opened)) == 4
+    assert torch.equal(logits(opened), logits(load(model, folder, quantization_config=PolybitConfig("nf4"))))
+
+
+def test_folders_that_are_refused(dense: dict[str, tuple[Any, Path]], tmp_path: Path) -> None:
+    _, folder = dense["qwen3"]
+    with pytest.raises(ValueError, match="override of '.*7.*' matches no linear layer"):
+        quantize_folder(folder, tmp_path / "out", overrides={"*.7.*": "nf3"})
+    with pytest.raises(FolderError, match=r"experts.down_proj is stored \[experts, in, out\].*skip it"):
+        quantize_folder(dense["gpt_oss"][1], tmp_path / "out", "int8")
+    damaged = tmp_path / "damaged"
+    shutil.copytree(folder, damaged)
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.layers.1.mlp.experts.3.up_proj.weight"]
+    save_file(tensors, damaged / "model.safetensors", {"format": "pt"})
+    with pytest.raises(FolderError, match=r"layers.1.mlp.experts.gate_up_proj cannot be made: parts .* are missing"):
+        quantize_folder(damaged, tmp_path / "out")
+    unknown = json.loads((folder / "config.json").read_text()) | {"model_type": "unheard"}
+    (damaged / "config.json").write_text(json.dumps(unknown))
+    assert quantize_folder(damaged, tmp_path / "by names").quantized == 2 * (4 + 1 + 6 * 3) - 1
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.filterwarnings("ignore:Attempting to save a model with offloaded modules")

@@ -230,7 +230,9 @@ def test_a_module_that_is_offloaded(tmp_path: Path) -> None:
 PEAK = """
 import json, re, threading, time
 import torch, transformers
+from pathlib import Path
 from polybit import PolybitConfig, QTensor, quantize
+from polybit.quantize_folder import quantize_folder
 from transformers import AutoModelForCausalLM as Model
 
 def anonymous():
@@ -257,7 +259,10 @@ peak, model = peak_of(lambda: Model.from_pretrained(folder, quantization_config=
 model.save_pretrained(out, max_shard_size="10MB")
 again, model = peak_of(lambda: Model.from_pretrained(out))
 stored = model.get_memory_footprint()
-print(json.dumps({"dense": dense, "copies": control, "stored": stored, "from dense": peak, "from quantized": again}))
+del model
+by_file, summary = peak_of(lambda: quantize_folder(Path(folder), Path(out + " by file")))
+print(json.dumps({"dense": dense, "copies": control, "stored": stored, "from dense": peak, "from quantized": again,
+    "by file": by_file}))
 """
 
 
@@ -312,3 +317,4 @@ def test_the_peak_of_experts(tmp_path: Path) -> None:
     assert found["dense"] > 2.9 * stack and found["copies"] > found["dense"] - MARGIN
     assert found["from dense"] < found["stored"] + stack / 4
     assert found["from quantized"] < found["stored"] + MARGIN
+    assert found["by file"] < stack / 2  # the stored bytes of a stack are 0.14

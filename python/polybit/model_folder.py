@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,44 @@ EMBEDDINGS = ("*embed*", "*wte", "*wpe", "shared", "*.shared", "*relative_attent
 # Models whose linear layers are the Conv1D of GPT-2: their weights are stored [in, out].
 CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp", "clvp_decoder")
 CONV1D_LAYERS = ("c_attn", "q_attn", "c_proj", "c_fc")
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Experts that a model holds as one parameter [experts, rows, columns].
+
+    name: of the parameter in the model; key: in a checkpoint that has it whole; parts: what this checkpoint has, for
+    each expert its keys, or the one of the whole; dim: where the parts of an expert [rows, columns] are joined, None if
+    the model makes something else of them. transposed: it is [experts, in, out].
+    """
+
+    name: str
+    key: str
+    parts: tuple[tuple[str, ...], ...]
+    dim: int | None
+    transposed: bool
+
+    @property
+    def keys(self) -> list[str]:
+        """All keys that it is made of."""
+        return [key for keys in self.parts for key in keys]
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the checkpoint has it as it is."""
+        return self.keys == [self.key]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What a model makes of a checkpoint: names by key, keys of what is no linear layer or embedding, and stacks.
+
+    Without content nothing is known but the names of a file.
+    """
+
+    names: Mapping[str, str] = field(default_factory=dict)
+    others: frozenset[str] = frozenset()
+    stacks: tuple[Stack, ...] = ()
 
 
 class FolderError(ValueError):

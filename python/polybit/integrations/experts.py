@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from transformers import CONFIG_MAPPING
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter
+from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from polybit import functional
-from polybit.nn import Settings
+from polybit.integrations.loading import joined_at
+from polybit.integrations.models import make_model
+from polybit.model_folder import Layout, Stack
+from polybit.nn import Settings, is_quantizable
 from polybit.nn.convert import matches, read_override
 from polybit.nn.experts import QuantizedExperts, quantize_experts_
 from polybit.qtensor import KERNEL_DTYPES, QTensor
@@ -41,6 +45,57 @@ def is_stack(model: nn.Module, pattern: str) -> bool:
 
 def _matches(name: str, last: str, pattern: str) -> bool:
     return matches(name, pattern) or matches(f"{name}.{last}", pattern)
+
+
+def read_layout(raw: Mapping[str, Any], keys: Iterable[str]) -> Layout:
+    """What the model of a config.json makes of a checkpoint with these keys, as transformers would load it.
+
+    Nothing, if transformers does not know the model. Raises ValueError if experts are not complete.
+    """
+    if raw.get("model_type") not in CONFIG_MAPPING:
+        return Layout()
+    with torch.device("meta"):
+        model = make_model(raw)
+    parameters = {f"{name}.{last}": module for name, module, last in stacks(model)}
+    conversions = get_model_conversion_mapping(model)
+    renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
+    converters = [c for c in conversions if isinstance(c, WeightConverter)]
+    by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+    state = model.state_dict()
+
+    def rename(key: str) -> tuple[str, str | None]:
+        name, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, state)
+        if name not in state and key in state:  # as the loader does
+            name, pattern = rename_source_key(key, [], [], model.base_model_prefix, state)
+        return name, pattern
+
+    names, others = dict[str, str](), set[str]()
+    found: dict[str, dict[str | None, list[str]]] = {}
+    for key in sorted(keys, key=dot_natural_key):
+        names[key], pattern = rename(key)
+        if names[key] in parameters:
+            found.setdefault(names[key], {}).setdefault(pattern, []).append(key)
+        elif names[key] in state and not is_quantizable(model.get_submodule(names[key].rpartition(".")[0])):
+            others.add(key)
+    made = []
+    for name, parts in found.items():
+        patterns = [pattern for pattern in by_pattern if pattern in parts] if None not in parts else [None]
+        converter = by_pattern.get(patterns[0]) if patterns[0] else None
+        one, *_ = parts[patterns[0]]
+        if len({len(parts[pattern]) for pattern in patterns}) > 1:
+            raise ValueError(f"{name} cannot be made: parts of its experts are missing")
+        # As save_pretrained would call it, if that leads here.
+        key = f"{one.partition('.experts.')[0]}.experts.{name.rpartition('.')[2]}" if converter else one
+        made.append(
+            Stack(
+                name,
+                key if rename(key)[0] == name else name,
+                tuple(zip(*(parts[pattern] for pattern in patterns), strict=True)),
+                0 if converter is None else joined_at(converter),
+                cast(Any, parameters[name]).is_transposed,
+            )
+        )
+    return Layout(names, frozenset(others), tuple(made))
 
 
 def prepare(model: nn.Module, config: Any) -> None:

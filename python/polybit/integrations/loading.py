@@ -93,14 +93,22 @@ class MergeExperts(WeightConverter):  # type: ignore[misc]
         return operation.deliver(weight, expected, layer_name, loading_info.missing_keys)
 
 
+def joined_at(conversion: Any) -> int | None:
+    """The dimension of an expert [rows, columns] at which its parts are joined, if that and merging experts is all."""
+    if not isinstance(conversion, WeightConverter) or len(conversion.target_patterns) != 1:
+        return None
+    first, *rest = conversion.operations
+    if not isinstance(first, MergeModulelist) or first.dim != 0 or len(rest) > 1:
+        return None
+    dim: int = rest[0].dim if rest and isinstance(rest[0], Concatenate) else 1
+    return dim - 1 if dim > 0 and all(isinstance(operation, Concatenate) for operation in rest) else None
+
+
 def expert_by_expert(conversion: Any) -> Any:
-    """The same conversion as a MergeExperts, if it merges experts and then works on each of them alone."""
-    if type(conversion) is WeightConverter and len(conversion.target_patterns) == 1:
-        first, *rest = conversion.operations
-        merges = isinstance(first, MergeModulelist) and first.dim == 0
-        if merges and all(isinstance(operation, Concatenate) and operation.dim > 0 for operation in rest):
-            conversion = copy(conversion)
-            conversion.__class__ = MergeExperts
+    """The same conversion as a MergeExperts, if it does no more than to join parts of experts and to merge these."""
+    if joined_at(conversion) is not None:
+        conversion = copy(conversion)
+        conversion.__class__ = MergeExperts
     return conversion
 
 

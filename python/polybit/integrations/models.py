@@ -24,20 +24,25 @@ def is_causal(config: Mapping[str, Any]) -> bool:
     return any(str(name).endswith(("ForCausalLM", "LMHeadModel")) for name in names)
 
 
+def make_model(raw: Mapping[str, Any]) -> Any:
+    """A new model as a config.json says, without quantization. Raises ValueError if transformers does not know it."""
+    import transformers  # an optional dependency
+
+    config = transformers.AutoConfig.for_model(**raw)
+    known = [cls for name in raw.get("architectures") or [] if (cls := getattr(transformers, name, None))]
+    # _from_config makes the model in the dtype that the configuration names, which the constructor does not.
+    return known[0]._from_config(config) if known else transformers.AutoModel.from_config(config)
+
+
 def load_model(folder: Path) -> nn.Module:
     """The model of a folder in eval mode: a causal language model with its head, of any other model the body.
 
     Layers that the folder holds in quantized form become quantized layers. Nothing is fetched from the network.
     Raises FolderError if weights are missing or do not fit the model, ValueError if a quantized entry is damaged.
     """
-    import transformers  # an optional dependency
-
     raw = read_config(folder)
     recorded = raw.pop("quantization_config", None) or {}
-    config = transformers.AutoConfig.for_model(**raw)
-    known = [cls for name in raw.get("architectures") or [] if (cls := getattr(transformers, name, None))]
-    # _from_config makes the model in the dtype that the configuration names, which the constructor does not.
-    model = known[0]._from_config(config) if known else transformers.AutoModel.from_config(config)
+    model = make_model(raw)
     tensors = _rename(model, read_state_dict(folder))
     settings = {}
     for key in tensors:
