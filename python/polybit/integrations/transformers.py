@@ -215,11 +215,11 @@ class PolybitQuantizer(HfQuantizer):  # type: ignore[misc]
 
         return Quantize(self)
 
-    def update_weight_conversions(self, weight_conversions: list[Any], model: nn.Module) -> list[Any]:
+    def update_weight_conversions(self, weight_conversions: list[Any], *model: nn.Module) -> list[Any]:
         """The conversions of the model and those of ours. Experts are quantized one by one where they come as such."""
         from polybit.integrations.loading import expert_by_expert
 
-        conversions = super().update_weight_conversions(weight_conversions, model)
+        conversions = super().update_weight_conversions(weight_conversions, *model)  # 5.20 comes without a model
         return conversions if self.pre_quantized else [expert_by_expert(conversion) for conversion in conversions]
 
     def get_weight_conversions(self) -> list[Any]:
