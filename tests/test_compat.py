@@ -205,7 +205,6 @@ MISSING = {
     "functional.fill": PAGED,
     "functional.elementwise_func": PAGED,
     "functional.CUBLAS_Context": RAW,
-    "functional.get_ptr": RAW,
     "functional.is_on_gpu": RAW,
     "functional.has_avx512bf16": RAW,
     "functional.igemm": OLD,
@@ -268,6 +267,16 @@ def test_every_public_name_has_its_signature() -> None:
     assert missing == set(MISSING), missing ^ set(MISSING)
     different = {name: (ours[name], want) for name, want in theirs.items() if name in ours and ours[name] != want}
     assert different == {}
+
+
+def test_what_unsloth_asks_before_it_does_without_a_library() -> None:
+    """It takes get_ptr as given, and looks for the rest."""
+    from polybit.compat.bitsandbytes import functional
+
+    x = torch.zeros(4)[1:]
+    pointer = functional.get_ptr(x)
+    assert pointer is not None and pointer.value == x.data_ptr() and functional.get_ptr(None) is None
+    assert not hasattr(functional, "lib")
 
 
 @pytest.mark.parametrize("name", ["AdamW8bit", "AdamW", "Lion8bit", "SGD8bit", "AdEMAMix8bit"])

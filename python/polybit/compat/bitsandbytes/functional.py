@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -170,6 +171,11 @@ def operands(A: Tensor, quant_state: QuantState) -> tuple[Tensor | None, ...]:
     if code is None:
         code = get_4bit_type(quant_state.quant_type, device=A.device)
     return _bytes(A), absmax, code, *run
+
+
+def get_ptr(A: Tensor | None) -> ctypes.c_void_p | None:
+    """The address of a tensor's first element; of None: None."""
+    return None if A is None else ctypes.c_void_p(A.data_ptr())
 
 
 def _bytes(A: Tensor) -> Tensor:
