@@ -6,9 +6,12 @@ folder polybit/compat/site is put on PYTHONPATH for them.
 
 from __future__ import annotations
 
+import builtins
 import os
 import runpy
 import sys
+import zipfile
+from importlib.machinery import SourceFileLoader
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NoReturn
@@ -24,7 +27,10 @@ def _stop(problem: str) -> NoReturn:
 
 
 def main(arguments: list[str]) -> None:
-    """Run the program that the arguments name, as __main__. Exits with 2 if they name none or it does not exist."""
+    """Run what the arguments name as `python` would, as __main__: a script, a folder or archive with one, or -m module.
+
+    Exits with 2 if they name none or it does not exist.
+    """
     as_module = arguments[:1] == ["-m"]
     program = arguments[as_module:]
     if not program or program[0].startswith("-"):
@@ -33,18 +39,39 @@ def main(arguments: list[str]) -> None:
     install()
     folder = str(Path(__file__).parent / "compat" / "site")
     os.environ["PYTHONPATH"] = os.pathsep.join([folder, *filter(None, [os.environ.get("PYTHONPATH")])])
+    path = os.path.abspath(program[0])
+    if as_module and find_spec(program[0].partition(".")[0]) is None:
+        _stop(f"no module named {program[0]}")
+    if not as_module and not os.path.exists(path):
+        _stop(f"{program[0]}: no such file")
     sys.argv = program
+    # Not runpy's public functions: they run it in a module beside the one where multiprocessing, which torch has
+    # imported by now, looks for the names of __main__.
+    sys.modules["__main__"].__dict__.clear()
     if as_module:
-        sys.path[0] = os.getcwd()
-        if find_spec(program[0].partition(".")[0]) is None:
-            _stop(f"no module named {program[0]}")
-        runpy.run_module(program[0], run_name="__main__", alter_sys=True)
+        runpy._run_module_as_main(program[0])  # type: ignore[attr-defined]
     else:
-        if not Path(program[0]).exists():
-            _stop(f"{program[0]}: no such file")
-        sys.path[0] = str(Path(program[0]).resolve().parent)
-        runpy.run_path(program[0], run_name="__main__")
+        _run_path(path)
+
+
+def _run_path(path: str) -> None:
+    if not getattr(sys.flags, "safe_path", False):
+        del sys.path[0]  # the working directory
+    if os.path.isdir(path) or zipfile.is_zipfile(path):
+        sys.path.insert(0, path)
+        runpy._run_module_as_main("__main__", alter_argv=False)  # type: ignore[attr-defined]
+        return
+    if not getattr(sys.flags, "safe_path", False):
+        sys.path.insert(0, os.path.dirname(os.path.realpath(path)))
+    loader = SourceFileLoader("__main__", path)
+    code = loader.source_to_code(loader.get_data(path), path)
+    names = {"__name__": "__main__", "__file__": path, "__loader__": loader, "__builtins__": builtins}
+    nothing = dict.fromkeys(("__doc__", "__package__", "__spec__", "__cached__"))
+    sys.modules["__main__"].__dict__.update(names, **nothing)
+    exec(code, sys.modules["__main__"].__dict__)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    from polybit.run import main as run  # in a module of its own name: __main__ becomes the program's
+
+    run(sys.argv[1:])
