@@ -15,7 +15,7 @@ from polybit.spec import OPS
 
 # Bochs 3.0 takes a gather whose index lies in zmm16...zmm31 for an illegal instruction.
 FLAGS = " ".join(f"-ffixed-xmm{i}" for i in range(16, 32))
-AVX512 = ("cpu:avx512", "cpu:avx512_vnni", "cpu:avx512_bf16")
+AVX512 = ("cpu:avx512", "cpu:avx512_vbmi", "cpu:avx512_vnni", "cpu:avx512_bf16")
 LACKING = [info.name for info in list_backends() if info.name in AVX512 and not info.usable]
 
 pytestmark = [

@@ -70,6 +70,7 @@ ISAS: dict[str, tuple[str, tuple[str, ...]]] = {
     "scalar": ("", ()),
     "avx2": ("x86_64", BASE),
     "avx512": ("x86_64", WIDE),
+    "avx512_vbmi": ("x86_64", (*WIDE, "-mavx512vbmi")),
     "avx512_vnni": ("x86_64", (*WIDE, "-mavx512vnni")),
     "avx512_bf16": ("x86_64", (*WIDE, "-mavx512vnni", "-mavx512bf16")),
     "neon": ("aarch64", ()),

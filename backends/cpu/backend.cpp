@@ -24,7 +24,20 @@ namespace {
 
 #if PB_CPU_X86
 
-enum Feature { FMA, F16C, AVX2, AVX512F, AVX512BW, AVX512VL, AVX512VNNI, AVX512BF16, YMM_STATE, ZMM_STATE, FEATURES };
+enum Feature {
+  FMA,
+  F16C,
+  AVX2,
+  AVX512F,
+  AVX512BW,
+  AVX512VL,
+  AVX512VBMI,
+  AVX512VNNI,
+  AVX512BF16,
+  YMM_STATE,
+  ZMM_STATE,
+  FEATURES
+};
 
 const char *const feature_names[FEATURES] = {"FMA",
                                              "F16C",
@@ -32,6 +45,7 @@ const char *const feature_names[FEATURES] = {"FMA",
                                              "AVX512F",
                                              "AVX512BW",
                                              "AVX512VL",
+                                             "AVX512VBMI",
                                              "AVX512VNNI",
                                              "AVX512BF16",
                                              "256-bit registers saved by the operating system",
@@ -58,6 +72,7 @@ struct Cpu {
     has[AVX512F] = b >> 16 & 1;
     has[AVX512BW] = b >> 30 & 1;
     has[AVX512VL] = b >> 31 & 1;
+    has[AVX512VBMI] = c >> 1 & 1;
     has[AVX512VNNI] = c >> 11 & 1;
     if (a >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d)) has[AVX512BF16] = a >> 5 & 1;
   }
@@ -113,6 +128,10 @@ int64_t pb_cpu_probe_avx512(char *error, uint64_t error_size) {
   return need({AVX512F, AVX512BW, AVX512VL, AVX2, FMA, F16C, YMM_STATE, ZMM_STATE}, error, error_size);
 }
 
+int64_t pb_cpu_probe_avx512_vbmi(char *error, uint64_t error_size) {
+  return need({AVX512VBMI, AVX512F, AVX512BW, AVX512VL, AVX2, FMA, F16C, YMM_STATE, ZMM_STATE}, error, error_size);
+}
+
 int64_t pb_cpu_probe_avx512_vnni(char *error, uint64_t error_size) {
   return need({AVX512VNNI, AVX512F, AVX512BW, AVX512VL, AVX2, FMA, F16C, YMM_STATE, ZMM_STATE}, error, error_size);
 }
@@ -137,7 +156,7 @@ int64_t pb_cpu_probe_neon_dotprod(char *error, uint64_t error_size) {
 PB_EXPORT const pb_backend *polybit_backend(uint64_t index) {
   static const pb_backend *const backends[] = {
 #if PB_CPU_X86
-      &pb_cpu_avx512_bf16, &pb_cpu_avx512_vnni, &pb_cpu_avx512, &pb_cpu_avx2,
+      &pb_cpu_avx512_bf16, &pb_cpu_avx512_vnni, &pb_cpu_avx512_vbmi, &pb_cpu_avx512, &pb_cpu_avx2,
 #elif PB_CPU_ARM
       &pb_cpu_neon_dotprod,
       &pb_cpu_neon,

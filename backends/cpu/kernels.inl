@@ -6,6 +6,7 @@
 #include "weight.h"
 #include "reduce.h"
 #include "code256.h"
+#include "table256.h"
 
 #include "kernels_blockwise.inl"
 #include "kernels_kbit.inl"

@@ -31,6 +31,7 @@ struct Call {
   Hyper hyper;
   bool coupled, skip_nonfinite;
   const float *code[3];   // 8 bits: the value of each code
+  simd::Table256 first;   // the same of the first state
   const Code256 *encode;  // and the way back
 };
 
@@ -50,20 +51,17 @@ inline Vec load_8bit(const uint8_t *codes, const float *code, float absmax, int 
 
 inline simd::M is_finite(Vec a) { return simd::gt(simd::set1(__builtin_inff()), simd::abs_(a.v)); }
 
-// One step of n elements. load(k, i, lanes) is state k of the elements from i on; store(k, i, lanes, value) takes its
-// next value.
-template <pb::u32 RULE, class Load, class Store>
-inline void step_block(const Call &call, float *p, const float *g, int64_t n, const Load &load, const Store &store) {
-  const int states = (int)pb::optim_states(RULE);
+// One step of n elements. load(k, i, lanes) is state k of the elements from i on, load4(k, i, values) that of 4 * W;
+// store(k, i, lanes, value) takes its next value.
+template <pb::u32 RULE, class Load, class Load4, class Store>
+inline void step_block(const Call &call, float *p, const float *g, int64_t n, const Load &load, const Load4 &load4,
+                       const Store &store) {
+  constexpr int states = (int)pb::optim_states(RULE);
   const bool coupled = call.coupled, skip_nonfinite = call.skip_nonfinite;  // copies, that no store can change
-  const auto step = [&](int64_t i, int lanes) {
+  const auto step = [&](int64_t i, int lanes, const Moments &m) {
     __builtin_prefetch(p + i + prefetch_ahead, 1);
     __builtin_prefetch(g + i + prefetch_ahead, 0);
     const Vec param = load_vec(p + i, lanes), grad = load_vec(g + i, lanes);
-    Moments m = {{simd::zero()}, {simd::zero()}, {simd::zero()}};
-    if (states > 0) m.a = load(0, i, lanes);
-    if (states > 1) m.b = load(1, i, lanes);
-    if (states > 2) m.c = load(2, i, lanes);
     auto next = pb::optim_step<RULE>(param, pb::optim_gradient(param, grad, call.hyper, coupled), m, call.hyper);
     if (skip_nonfinite) {
       const simd::M finite = is_finite(grad);
@@ -77,22 +75,38 @@ inline void step_block(const Call &call, float *p, const float *g, int64_t n, co
     if (states > 2) store(2, i, lanes, next.state.c);
   };
   int64_t i = 0;
-  for (; i + simd::W <= n; i += simd::W) step(i, simd::W);
-  if (i < n) step(i, (int)(n - i));
+  for (; i + 4 * simd::W <= n; i += 4 * simd::W) {
+    simd::F v[3][4];
+    for (int k = 0; k < 3; k++) {
+      if (k < states)
+        load4(k, i, v[k]);
+      else
+        for (int j = 0; j < 4; j++) v[k][j] = simd::zero();
+    }
+    for (int j = 0; j < 4; j++) step(i + j * simd::W, simd::W, {{v[0][j]}, {v[1][j]}, {v[2][j]}});
+  }
+  const auto state = [&](int k, int lanes) { return k < states ? load(k, i, lanes) : Vec{simd::zero()}; };
+  for (; i < n; i += simd::W) {
+    const int lanes = (int)min64(n - i, simd::W);
+    step(i, lanes, {state(0, lanes), state(1, lanes), state(2, lanes)});
+  }
 }
 
 template <pb::u32 RULE>
 void step_32bit(const Call &call, float *p, const float *g, int64_t n, const States &s) {
   step_block<RULE>(
       call, p, g, n, [&](int k, int64_t i, int lanes) { return load_vec(s.values[k] + i, lanes); },
+      [&](int k, int64_t i, simd::F(&v)[4]) {
+        for (int j = 0; j < 4; j++) v[j] = simd::load(s.values[k] + i + j * simd::W);
+      },
       [&](int k, int64_t i, int lanes, Vec value) { store_vec(s.values[k] + i, value, lanes); });
 }
 
 // n is a whole number of blocks, unless the parameter ends, and at most a chunk.
 template <pb::u32 RULE>
 void step_8bit(const Call &call, float *p, const float *g, int64_t n, const States &s) {
-  const int states = (int)pb::optim_states(RULE);
-  float buffer[3][optim_chunk];
+  constexpr int states = (int)pb::optim_states(RULE);
+  float buffer[3][state_block];
   const float *code[3] = {call.code[0], call.code[1], call.code[2]};
   for (int64_t b = 0; b * state_block < n; b++) {
     const int64_t begin = b * state_block, count = min64(state_block, n - begin);
@@ -105,12 +119,25 @@ void step_8bit(const Call &call, float *p, const float *g, int64_t n, const Stat
     step_block<RULE>(
         call, p + begin, g + begin, count,
         [&](int k, int64_t i, int lanes) { return load_8bit(codes[k] + i, code[k], absmax[k], lanes); },
-        [&](int k, int64_t i, int lanes, Vec value) { store_vec(buffer[k] + begin + i, value, lanes); });
-  }
-  for (int64_t b = 0; b * state_block < n; b++) {
-    const int64_t begin = b * state_block, count = min64(state_block, n - begin);
+        [&](int k, int64_t i, simd::F(&v)[4]) {
+          // Gathers and the look-up in registers keep different units of the processor busy: each gets its states.
+          if (k == 0)
+            simd::lookup256(call.first, codes[k] + i, v);
+          else
+            for (int j = 0; j < 4; j++) v[j] = simd::gather_u8(code[k], codes[k] + i + j * simd::W);
+          for (int j = 0; j < 4; j++) v[j] = simd::mul(v[j], simd::set1(absmax[k]));
+        },
+        [&](int k, int64_t i, int lanes, Vec value) { store_vec(buffer[k] + i, value, lanes); });
+    // Every absmax first, so that they are found side by side: codes have to wait for theirs.
+    uint32_t bits[3];
+    float inverse[3];
+    for (int k = 0; k < states; k++) {
+      bits[k] = absmax_bits(buffer[k], count);
+      inverse[k] = pb::inverse_absmax(bits[k]);
+      s.absmax[k][b] = pb::stored_absmax(bits[k]);
+    }
     for (int k = 0; k < states; k++)
-      s.absmax[k][b] = quantize_block(call.encode[k], buffer[k] + begin, count, s.codes[k] + begin);
+      call.encode[k].quantize(buffer[k], simd::set1(inverse[k]), bits[k] < 0x7f800000u, count, codes[k]);
   }
 }
 
@@ -214,9 +241,11 @@ pb_status optimize(pb_context *ctx, const OptimCall &a, const Code256 *encode) {
       }))
     return PB_SCRATCH;
   const bool coupled = data<const pb::Hyper<float>>(a.hyper)->coupled_decay != 0.0f;
-  Call call = {broadcast(data<const float>(a.hyper)), coupled, (a.options & option_skip_nonfinite) != 0, {}, encode};
+  Call call = {
+      broadcast(data<const float>(a.hyper)), coupled, (a.options & option_skip_nonfinite) != 0, {}, {}, encode};
   for (int k = 0; k < 3; k++)
     if (a.code[k]) call.code[k] = data<const float>(a.code[k]);
+  if (a.code[0]) call.first = simd::table256(call.code[0]);
   first[0] = 0;
   for (int64_t t = 0; t < count; t++) {
     first[t + 1] = first[t] + ceil_div(numel(a.params->tensors[t]), optim_chunk);

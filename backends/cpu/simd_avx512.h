@@ -132,6 +132,38 @@ inline I lookup16i(const Table16i &t, I i) { return _mm512_permutexvar_epi32(i, 
 inline F gather(const float *p, I i) { return _mm512_i32gather_ps(i, p, 4); }
 inline F gather_u8(const float *p, const uint8_t *q) { return gather(p, load_u8(q)); }
 
+#ifdef __AVX512VBMI__
+#define PB_SIMD_TABLE256
+struct Table256 {
+  I parts[4][4];  // byte k of the values, 64 codes at a time
+};
+inline Table256 table256(const float *p) {
+  Table256 t;
+  for (int code = 0; code < 256; code++)
+    for (int k = 0; k < 4; k++) ((uint8_t *)t.parts[k])[code] = ((const uint8_t *)(p + code))[k];
+  return t;
+}
+inline void lookup256(const Table256 &t, const uint8_t *q, F (&values)[4]) {
+  // The unpacking of bytes to floats goes by quarters.
+  const I quarters = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  const I codes = _mm512_permutexvar_epi32(quarters, _mm512_loadu_si512(q));
+  const __mmask64 bit7 = _mm512_movepi8_mask(codes), bit6 = _mm512_movepi8_mask(_mm512_add_epi8(codes, codes));
+  I bytes[4];
+  for (int k = 0; k < 4; k++) {
+    bytes[k] = _mm512_permutexvar_epi8(codes, t.parts[k][0]);
+    bytes[k] = _mm512_mask_permutexvar_epi8(bytes[k], ~bit7 & bit6, codes, t.parts[k][1]);
+    bytes[k] = _mm512_mask_permutexvar_epi8(bytes[k], bit7 & ~bit6, codes, t.parts[k][2]);
+    bytes[k] = _mm512_mask_permutexvar_epi8(bytes[k], bit7 & bit6, codes, t.parts[k][3]);
+  }
+  const I low[2] = {_mm512_unpacklo_epi8(bytes[0], bytes[1]), _mm512_unpackhi_epi8(bytes[0], bytes[1])};
+  const I high[2] = {_mm512_unpacklo_epi8(bytes[2], bytes[3]), _mm512_unpackhi_epi8(bytes[2], bytes[3])};
+  for (int i = 0; i < 2; i++) {
+    values[2 * i] = as_float(_mm512_unpacklo_epi16(low[i], high[i]));
+    values[2 * i + 1] = as_float(_mm512_unpackhi_epi16(low[i], high[i]));
+  }
+}
+#endif
+
 inline F hadd(F a, F b) {
   const I even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
   const I odd = _mm512_setr_epi32(1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
