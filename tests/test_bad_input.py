@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import polybit
-from polybit import functional, optim
+from polybit import PolybitConfig, checkpoint, functional, optim
 from polybit.backends import resolve
 from polybit.nn import Embedding4bit, Linear4bit, Linear8bit, LinearKbit, dequantize_, quantize_
 from polybit.qtensor import quantize
@@ -131,6 +131,13 @@ def layers() -> nn.Sequential:
         (lambda: dequantize_([layers()]), TypeError, "must be a torch.nn.Module, got list"),
         (lambda: quantize_(layers(), "nf4", overrides=["0"]), TypeError, "overrides must be a dict .*got list"),
         (lambda: quantize_(layers(), "nf4", overrides={"down": "int8"}), ValueError, "Embedding of the model: 0, 1$"),
+        (
+            lambda: PolybitConfig("nf4", overrides=["0"]),
+            TypeError,
+            "PolybitConfig: overrides must be a dict .*got list",
+        ),
+        (lambda: quantize_(quantize_(layers(), "nf4"), "int8"), ValueError, "0 and 1 more are quantized already; deq"),
+        (lambda: checkpoint.to_tensors(X, "a.weight"), TypeError, "a.weight must be a QTensor, got Tensor"),
         (lambda: quantize_(layers(), "nf4", device="gpu"), ValueError, "device 'gpu' cannot be used here .*has cpu"),
         (lambda: quantize_(layers(), "nf4", device="cuda:99"), ValueError, "device 'cuda:99' cannot be used here"),
         (lambda: quantize_(layers(), "int8", threshold="6"), TypeError, "threshold must be a number, .*got '6'"),

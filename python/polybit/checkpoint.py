@@ -64,9 +64,12 @@ def to_tensors(weight: QTensor, prefix: str, *, quant_storage: torch.dtype = tor
     weight: a QTensor, or a DTensor of QTensors: then P [rows, bytes of a row] and its absmax [rows, blocks of a row]
     (SCB) are DTensors with the rows of `weight`. `quant_storage`: the dtype that the packed codes are viewed as,
     floating or integer (int8 codes are int8, shards uint8; they have no choice). Raises ValueError if it does not
-    divide the bytes, if the logical dtype is none that can be recorded, or for a part of a doubly quantized tensor.
+    divide the bytes, if the logical dtype is none that can be recorded, or for a part of a doubly quantized tensor;
+    TypeError if `weight` is not quantized.
     """
     qtensor, sharded = distributed.local(weight), distributed.is_distributed(weight)
+    if not isinstance(qtensor, QTensor):
+        raise TypeError(f"checkpoint: {prefix} must be a QTensor, got {type(qtensor).__name__}")
     format = qtensor.format
     q, absmax = qtensor.q.detach(), qtensor.absmax.detach().view(-1)
     if sharded:

@@ -20,7 +20,7 @@ from polybit import checkpoint
 from polybit.formats import Format, list_formats
 from polybit.integrations.offload import offloaded, read_back
 from polybit.nn import Settings, dequantize_, is_quantizable, make_empty_, quantize_
-from polybit.nn.convert import Override, matches, read_override
+from polybit.nn.convert import Override, check_rules, matches, read_override
 from polybit.nn.linear import is_conv1d
 from polybit.nn.module import QuantizedModule
 from polybit.qtensor import QTensor, state_name
@@ -57,8 +57,7 @@ class PolybitConfig(QuantizationConfigMixin):  # type: ignore[misc]
     ) -> None:
         if quant_method != METHOD:
             raise ValueError(f"PolybitConfig: quant_method must be {METHOD!r}, got {quant_method!r}")
-        if isinstance(skip, str):
-            raise TypeError(f"PolybitConfig: skip must be several patterns, got the string {skip!r}")
+        check_rules("PolybitConfig", skip, overrides)
         base = Settings(format, block_size, double_quant, search, threshold, compute_dtype, activations)
         rules = {pattern: read_override(f"overrides[{pattern!r}]", o, base) for pattern, o in (overrides or {}).items()}
         self.quant_method = METHOD

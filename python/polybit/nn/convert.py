@@ -77,16 +77,13 @@ def quantize_(
 
     Raises, before anything is replaced: ValueError (unknown format, one without a linear layer, wrong option, an
     override that matches no module, a shared weight of which one module is skipped, an embedding with max_norm,
-    scale_grad_by_freq or sparse, `model` itself a Linear, a device that is not there) or TypeError (a weight that is
-    not fp32, fp16 or bf16, `model` no module).
+    scale_grad_by_freq or sparse, `model` itself a Linear or quantized already, a device that is not there) or TypeError
+    (a weight that is not fp32, fp16 or bf16, `model` no module).
     """
     _check_model("quantize_", model)
     with _blame("quantize_"):
         base = Settings(format, block_size, double_quant, search, threshold, compute_dtype, activations)
-    if isinstance(skip, str):
-        raise TypeError(f"quantize_: skip must be several patterns, got the string {skip!r}")
-    if not isinstance(overrides or {}, Mapping):
-        raise TypeError(f"quantize_: overrides must be a dict {{pattern: settings}}, got {type(overrides).__name__}")
+    check_rules("quantize_", skip, overrides)
     if offload and device is None:
         raise ValueError("quantize_: offload=True needs the device to quantize on")
     if is_quantizable(model):
@@ -120,6 +117,8 @@ def quantize_(
 
     chosen = _choose("quantize_", places, wish)
     _check(chosen)
+    if not chosen:
+        _check_dense(model)
     if device is not None:
         with _blame("quantize_"):
             device = usable_device(device)
@@ -262,6 +261,14 @@ def _check(chosen: list[tuple[_Place, Settings]]) -> None:
                 raise TypeError(f"quantize_: {name}.weight must be fp32, fp16 or bf16, got {place.weight.dtype}")
 
 
+def _check_dense(model: nn.Module) -> None:
+    done = [name for name, module in model.named_modules() if isinstance(module, QuantizedModule)]
+    if done:
+        raise ValueError(
+            f"quantize_: {done[0]} and {len(done) - 1} more are quantized already; dequantize_ the model first"
+        )
+
+
 def _check_movable(model: nn.Module, device: torch.device | str) -> None:
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if tensor.is_meta:
@@ -274,6 +281,14 @@ def _blame(where: str) -> Iterator[None]:
         yield
     except (TypeError, ValueError) as error:
         raise type(error)(f"{where}: {error}") from None
+
+
+def check_rules(where: str, skip: object, overrides: object) -> None:
+    """Raise TypeError for patterns that are one string, or overrides that are no dict."""
+    if isinstance(skip, str):
+        raise TypeError(f"{where}: skip must be several patterns, got the string {skip!r}")
+    if overrides is not None and not isinstance(overrides, Mapping):
+        raise TypeError(f"{where}: overrides must be a dict {{pattern: settings}}, got {type(overrides).__name__}")
 
 
 def read_override(where: str, value: Override, base: Settings) -> Settings | Literal[False]:
