@@ -64,10 +64,11 @@ $(VENV)/nvcc: requirements-nvcc.txt $(VENV)/created
 build/rocm/made: requirements-rocm.txt tools/rocm_root.py | $(VENV)/created
 	-$(BIN)/python tools/rocm_root.py
 
-# DPC++ as a library, and the CPU as an OpenCL device for it; x86-64 Linux alone has them. Where not, the tests say so.
-build/sycl/made: requirements-sycl.txt | $(VENV)/created
-	rm -rf build/sycl
-	-$(PIP) install --quiet --no-deps --ignore-installed --prefix build/sycl -r $< && touch $@
+# DPC++ as a library, and the CPU as an OpenCL device for it, of oneAPI 2026 and of 2025; x86-64 Linux alone has them.
+# Where not, the tests say so.
+build/sycl/made build/sycl-2025/made: build/%/made: requirements-%.txt | $(VENV)/created
+	rm -rf build/$*
+	-$(PIP) install --quiet --no-deps --ignore-installed --prefix build/$* -r $< && touch $@
 
 # Intel's compiler for its GPUs, from SPIR-V: Debian 12's or Ubuntu's packages with what they need but the C and C++
 # libraries, unpacked, not installed.
@@ -98,7 +99,7 @@ test: build/sycl/made build/ocloc/made $(VENV)/package $(VENV)/tools $(VENV)/nvc
 	$(PYTEST) -m "alone and not slow"
 	$(PYTEST) $(PARALLEL) -m "not alone and not slow"
 
-test-all: build/sycl/made build/ocloc/made $(VENV)/package $(VENV)/tools $(VENV)/nvcc build/rocm/made
+test-all: build/sycl/made build/sycl-2025/made build/ocloc/made $(VENV)/package $(VENV)/tools $(VENV)/nvcc build/rocm/made
 	$(PYTEST) -m alone
 	$(PYTEST) $(PARALLEL) -m "not alone"
 

@@ -7,24 +7,31 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from intel import (
+    FOLDER_2025,
+    GPUS,
+    KERNELS,
+    ROOT,
     SOURCES,
     build_program,
     compile_sycl,
     entries,
     execute,
     lower,
-    memory_of,
     require_backend,
     require_ocloc,
+    require_sycl,
     to_spirv,
+    use_of,
 )
-from tools import INCLUDE, run_python
+from tools import INCLUDE, PACKAGE, run_python
 
 import polybit
 from polybit import ops, spec
@@ -32,9 +39,8 @@ from polybit.backends import BackendError, discovery, last_backend, list_backend
 from polybit.spec.blockwise import noise
 from polybit.testing import check
 
-# Of every kernel, the devices on which Debian 12's IGC (1.0.12504) needs memory beyond 128 registers: it spills, or
-# copies arguments that are indexed by a variable.
-OUTSIDE_REGISTERS: dict[str, list[str]] = json.loads((SOURCES / "intel.json").read_text())
+# What every kernel takes on each GPU by Debian 12's IGC (1.0.12504): registers, and bytes of memory where it spills.
+ON_GPUS: dict[str, dict[str, dict[str, int]]] = json.loads(KERNELS.read_text())
 BACKENDS = ("sycl:cpu", "sycl:cpu:8", "sycl:cpu:32")
 # An op of each header of core/kernels; every kernel takes more than a second to compile.
 SHARE = ("gather_int8", "quantize_absmax", "dequantize_kbit", "matmul_kbit", "linear_int8", "optimizer_8bit")
@@ -64,54 +70,45 @@ def test_an_error_is_reported_with_its_place(program: Path, tmp_path: Path) -> N
 
 
 LOWERED = (
-    *("quantize_kbit4_fp32", "quantize_absmax", "quantize_blockwise_fp16", "gather_int8_fp16", "dequantize_kbit_bf16"),
-    *("matmul_kbit_fp16", "gemv_kbit_1_fp16", "matmul_linear_int8_fp16", "optimizer_8bit_adam", "sum_chunks"),
+    *("quantize_kbit4_fp32", "quantize_absmax", "gather_int8_fp16", "dequantize_kbit_bf16", "sum_chunks"),
+    *("matmul_kbit_fp16", "gemv_kbit_1_fp16", "matmul_linear_int8_fp16", "optimizer_8bit_adam"),
 )
+ENGINE_OPERANDS = {"fp16": "hf", "bf16": "bf"}
+
+
+def engine_operands(entry: str) -> set[str]:
+    """What a kernel gives to the matrix engine: halves, bytes, or nothing."""
+    kernel, _, dtype = entry.rpartition("_")
+    if not entry.startswith("matmul_") or "_any_" in entry or "_narrow_" in entry or dtype == "fp32":
+        return set()
+    if entry == "matmul_int8" or kernel == "matmul_kbit_int8":
+        return {"b"}
+    return {"b", ENGINE_OPERANDS[dtype]} if kernel == "matmul_linear_int8" else {ENGINE_OPERANDS[dtype]}
 
 
 def test_every_kernel_is_listed_for_intel_s_compiler() -> None:
-    assert list(OUTSIDE_REGISTERS) == list(entries())
+    assert list(ON_GPUS) == list(entries())
 
 
 @pytest.mark.parametrize(
-    "entry", [pytest.param(name, marks=() if name in LOWERED else pytest.mark.slow) for name in OUTSIDE_REGISTERS]
+    "entry", [pytest.param(name, marks=() if name in LOWERED else pytest.mark.slow) for name in ON_GPUS]
 )
 def test_intel_s_compiler_lowers_a_kernel(program: Path, tmp_path: Path, entry: str) -> None:
-    """Each in a module of its own, as at run time. Nothing is run."""
+    """Each in a module of its own, as at run time, with the options that libsycl gives. Nothing is run."""
     require_ocloc()
-    spirv = to_spirv(program, entry, entries()[entry], tmp_path)
-    for device in ("pvc", "dg2"):
-        kernel, _ = lower(spirv, device)
+    for device, lanes in GPUS.items():
+        spirv, options = to_spirv(program, entry, entries()[entry], tmp_path, device)
+        kernel, assembly = lower(spirv, options, device)
         assert kernel["name"] == f"__sycl_kernel_{entry}"
-        assert kernel["execution_env"]["simd_size"] == 16
-        assert device in OUTSIDE_REGISTERS[entry] or memory_of(kernel) == {}, device
+        assert kernel["execution_env"]["simd_size"] == lanes
+        assert use_of(kernel) == ON_GPUS[entry][device], f"{device}: python tests/intel.py writes the table"
+        multiplied = re.findall(r"dpas\.8x8 \((\d+)\|.*:(hf|bf|b) ", assembly)
+        assert set(multiplied) == {(str(lanes), operand) for operand in engine_operands(entry)}
 
 
-ENGINE = {"pvc": 16, "dg2": 8}  # lanes that feed the matrix engine
-ENGINE_PRODUCTS = {
-    "matmul_kbit_fp16": ("MatmulKbit<pb::Fp16, {}>", ":hf"),
-    "matmul_kbit_bf16": ("MatmulKbit<pb::Bf16, {}>", ":bf"),
-    "matmul_kbit_transposed_bf16": ("MatmulKbitTransposed<pb::Bf16, {}>", ":bf"),
-    "matmul_int8": ("MatmulInt8<{}>", ":b"),
-    "matmul_kbit_int8_fp16": ("MatmulKbitInt8<pb::Fp16, {}>", ":b"),
-    "linear_int8_bf16": ("LinearInt8<pb::Bf16, {}>", ":b"),
-}
-
-
-@pytest.mark.parametrize("device", ENGINE)
-@pytest.mark.parametrize(
-    "entry",
-    [pytest.param(name, marks=() if name == "matmul_kbit_fp16" else pytest.mark.slow) for name in ENGINE_PRODUCTS],
-)
-def test_a_product_on_the_matrix_engine(program: Path, tmp_path: Path, entry: str, device: str) -> None:
-    """Intel's compiler makes its instruction, dpas, of the tile's multiply. Nothing is run."""
-    require_ocloc()
-    kernel, operand = ENGINE_PRODUCTS[entry]
-    lanes = ENGINE[device]
-    type = f"pb::{kernel.format(f'pb::MatrixTiles<pb::Xmx{lanes}>')}"
-    made, assembly = lower(to_spirv(program, entry, type, tmp_path, lanes, "-DPB_XMX"), device)
-    assert made["execution_env"]["simd_size"] == lanes
-    assert re.search(rf"dpas\.8x8 \({lanes}\|.*{operand} ", assembly), "no matrix instruction"
+def test_no_kernel_needs_memory_beyond_the_registers() -> None:
+    """Neither for what spills nor for private arrays, as recorded."""
+    assert all(set(use) == {"registers"} for devices in ON_GPUS.values() for use in devices.values())
 
 
 @pytest.mark.parametrize("op", SHARE)
@@ -121,6 +118,37 @@ def test_the_first_samples(op: str) -> None:
     result = check(op, "sycl:cpu", limit=3)
     assert (result.kind, result.owner, result.unsupported) == ("native", "sycl:cpu", 0)
     result.raise_failures()
+
+
+@pytest.mark.slow
+def test_the_library_of_oneapi_2025(tmp_path: Path) -> None:
+    """Built against libsycl.so.8, whose DPC++ compiles the kernels of the first samples, and whose OpenCL runs them."""
+    root, off = require_sycl(FOLDER_2025), [f"-DPOLYBIT_{part}=OFF" for part in ("PYTHON", "CPU", "EMULATOR", "MPS")]
+    off += ["-DPOLYBIT_CUDA=OFF", "-DPOLYBIT_HIP=OFF"]
+    where = ("-DPOLYBIT_SYCL=ON", f"-DPOLYBIT_SYCL_ROOT={root}")
+    for command in (("-G", "Ninja", "-S", ROOT, "-B", tmp_path, *off, *where), ("--build", tmp_path)):
+        done = execute("cmake", *command, lib=root / "lib")
+        assert done.returncode == 0, done.stdout
+    (library,) = tmp_path.glob("backends/sycl/libpolybit_sycl.*.so")
+    assert library.name == "libpolybit_sycl.8.so"
+    assert "[libsycl.so.8]" in execute("readelf", "-d", library).stdout
+
+    package = tmp_path / "python" / "polybit"
+    shutil.copytree(PACKAGE, package, ignore=shutil.ignore_patterns("libpolybit_sycl.*"))
+    shutil.copy(library, package / "lib")
+    code = f"""
+from pathlib import Path
+import polybit
+from polybit.testing import check
+assert Path(polybit.__file__).parent == Path({str(package)!r})
+for op in {SHARE}:
+    result = check(op, "sycl:cpu", limit=1)
+    result.raise_failures()
+    print(op, result.kind, result.samples, result.unsupported)
+print("libsycl.so.8" in Path("/proc/self/maps").read_text())
+"""
+    done = execute(sys.executable, "-c", code, lib=root / "lib", PYTHONPATH=str(package.parent))
+    assert done.stdout.splitlines() == [*(f"{op} native 1 0" for op in SHARE), "True"], done.stdout
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

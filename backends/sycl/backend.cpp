@@ -2,7 +2,7 @@
 // of torch.xpu; sycl:cpu, sycl:cpu:8 and sycl:cpu:32 are for CPU tensors, run by Intel's OpenCL device for the CPU: for
 // tests only, and so never chosen by themselves.
 #include "device.h"
-#include "../../core/simt/sycl.h"
+#include "../../core/kernels/sycl.h"
 #include "../../core/launch/table.h"
 
 namespace {
@@ -12,6 +12,8 @@ using pb::launch::fail;
 // The name of the entry point of a kernel, and its type as text.
 template <class K>
 struct Entry;
+#define PB_TILES pb::SyclTiles
+#define PB_WIDE_TILES
 #define PB_ENTRY(entry, ...) \
   template <> \
   struct Entry<__VA_ARGS__> { \
@@ -35,7 +37,8 @@ pb_status launched(pb_context *ctx, int64_t groups, const Run &run) {
 
 template <class K>
 void enqueue(sycl::queue &queue, uint32_t width, int64_t groups, uint32_t group_dim, const typename K::Args &args) {
-  pb::sycl_device::enqueue(queue, {Entry<K>::name, Entry<K>::type, width, sizeof(typename K::Local)},
+  pb::sycl_device::enqueue(queue,
+                           {Entry<K>::name, Entry<K>::type, width, sizeof(typename K::Local), pb::IsLarge<K>::value},
                            {groups, group_dim, &args, sizeof args});
 }
 
@@ -57,7 +60,7 @@ int64_t probe(char *error, uint64_t size, const char *none, const Reason &reason
 
 // The context's stream is torch's queue. Kernels of a queue that is in order, as torch's are, run one after another.
 struct Gpu {
-  typedef pb::LaneTiles Tiles;
+  typedef pb::SyclTiles Tiles;
   static sycl::queue *queue(pb_context *ctx) { return static_cast<sycl::queue *>(ctx->stream); }
   static uint32_t width(pb_context *ctx) {
     return ctx->stream ? pb::sycl_device::sub_group_size(queue(ctx)->get_device()) : 16;
@@ -88,7 +91,7 @@ struct Gpu {
 // Tensors are in memory that the OpenCL device reads and writes where it is, and a launch is complete when it returns.
 template <uint32_t WIDTH>
 struct Cpu {
-  typedef pb::LaneTiles Tiles;
+  typedef pb::SyclTiles Tiles;
   static constexpr bool host_memory = true;
   static uint32_t width(pb_context *) { return WIDTH; }
 

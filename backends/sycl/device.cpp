@@ -23,7 +23,12 @@ constexpr std::pair<const char *, const char *> headers[] = {
 };
 
 // Neither contracted nor divided in a hurry, as core/simt/sycl.h asks for.
-const char *const options[] = {"-ffp-contract=off", "-foffload-fp32-prec-div", "-foffload-fp32-prec-sqrt"};
+const char *const options[] = {
+    "-ffp-contract=off",        "-foffload-fp32-prec-div", "-foffload-fp32-prec-sqrt",
+#if __LIBSYCL_MAJOR_VERSION == 8  // links the C library for devices, which Intel's wheels lack and no kernel calls
+    "-fno-sycl-device-lib=all", "-Wno-deprecated",
+#endif
+};
 
 // Intel's wheels have the OpenCL CPU device beside libsycl, but their list of devices names a folder that is not there.
 void tell_opencl_of_the_cpu() {
@@ -34,18 +39,30 @@ void tell_opencl_of_the_cpu() {
   if (access(driver.c_str(), R_OK) == 0) setenv("OCL_ICD_FILENAMES", driver.c_str(), 0);
 }
 
+// The matrix engine's sub-groups are as wide as a register.
+bool has_engine(const sycl::device &device, uint32_t width) {
+  return device.has(sycl::aspect::ext_intel_matrix) && (width == 8 || width == 16);
+}
+
 sycl::kernel compile(const sycl::queue &queue, const Kernel &kernel) {
   const std::string entry = std::string("PB_SYCL_ENTRY(") + kernel.name + ", " + kernel.type + ")\n";
   ex::include_files files;
   for (const auto &header : headers) files.add(header.first, header.second);
   auto text = ex::create_kernel_bundle_from_source(queue.get_context(), ex::source_language::sycl,
-                                                   "#include \"simt/sycl.h\"\n#include \"kernels/kernels.h\"\n" + entry,
-                                                   ex::properties{files});
+                                                   "#include \"kernels/sycl.h\"\n" + entry, ex::properties{files});
   std::vector<std::string> words(std::begin(options), std::end(options));
   words.push_back("-DPB_SUB_GROUP=" + std::to_string(kernel.width));
+  const sycl::device device = queue.get_device();
+  if (device.is_gpu()) {
+    words.push_back("-DPB_INTEL_GPU");
+    if (has_engine(device, kernel.width)) words.push_back("-DPB_XMX");
+#if __LIBSYCL_MAJOR_VERSION == 8  // does not see the entry point's property
+    if (kernel.large) words.insert(words.end(), {"-Xs", "-ze-opt-large-register-file"});
+#endif
+  }
   std::string log;
   try {
-    return ex::build(text, {queue.get_device()}, ex::properties{ex::build_options{words}, ex::save_log{&log}})
+    return ex::build(text, {device}, ex::properties{ex::build_options{words}, ex::save_log{&log}})
         .ext_oneapi_get_kernel(kernel.name);
   } catch (const std::exception &error) {
     throw std::runtime_error(std::string(error.what()) + "\n" + log);
@@ -101,7 +118,8 @@ uint32_t sub_group_size(const sycl::device &device) {
   const auto found = known->find(device);
   if (found != known->end()) return found->second;
   const auto widths = device.get_info<sycl::info::device::sub_group_sizes>();
-  const uint32_t width = std::find(widths.begin(), widths.end(), 16) != widths.end() ? 16 : 32;
+  uint32_t width = 8;
+  while (width < 32 && std::find(widths.begin(), widths.end(), width) == widths.end()) width *= 2;
   return known->emplace(device, width).first->second;
 }
 

@@ -16,6 +16,7 @@ struct Kernel {
   const char *name, *type;  // of the entry point, and in C++
   uint32_t width;           // of a sub-group
   size_t local_bytes;
+  bool large;  // wants all registers, see core/kernels/sycl.h
 };
 
 struct Launch {
@@ -31,7 +32,9 @@ sycl::queue &cpu_queue();
 // Intel's GPUs, as torch sees them: by Level Zero.
 std::vector<sycl::device> gpus();
 
-// The size of sub-groups that kernels get on a device: 16, which all of Intel's GPUs have, else 32.
+// The size of sub-groups that kernels get on a device: the smallest of 8, 16 and 32 that it has. That is as many lanes
+// as a register holds (8 before Xe-HPC and on Arc A, else 16), so that a lane has 128 words of registers on all of
+// them.
 uint32_t sub_group_size(const sycl::device &device);
 
 // Why a device cannot run kernels with sub-groups of `width`, or "".

@@ -42,13 +42,9 @@ PB_FN bool pointer_aligned(Chunk<POINTERS> c, u32 k) {
   return ((c.aligned >> k) & 1u) != 0;
 }
 
-// The last tensor whose first group is not behind this one: a tensor without groups is never found.
-// By pointer, because nvcc copies a list by value into local memory. capacity < 128.
+// The chunk that is `group`, of the tensor t.
 template <u32 POINTERS>
-PB_FN Chunk<POINTERS> chunk_of(PB_PRIVATE const List<POINTERS> *list, i64 group) {
-  u32 t = 0;
-  for (u32 step = 64; step; step >>= 1)
-    if (t + step < u32(list->count) && list->first_group[t + step] <= group) t += step;
+PB_FN Chunk<POINTERS> chunk_in(PB_PRIVATE const List<POINTERS> *list, u32 t, i64 group) {
   Chunk<POINTERS> c;
   PB_UNROLL
   for (u32 k = 0; k < POINTERS; k++) c.p[k] = list->p[t][k];
@@ -58,6 +54,24 @@ PB_FN Chunk<POINTERS> chunk_of(PB_PRIVATE const List<POINTERS> *list, i64 group)
   c.index = group - list->first_group[t];
   c.n = list->n[t];
   return c;
+}
+
+// In the last tensor whose first group is not behind this one: a tensor without groups is never found.
+// By pointer, because nvcc copies a list by value into local memory. capacity < 128.
+template <u32 POINTERS>
+PB_FN Chunk<POINTERS> chunk_of(PB_PRIVATE const List<POINTERS> *list, i64 group) {
+#ifdef PB_INDEX_BY_CONSTANTS
+  Chunk<POINTERS> c = chunk_in(list, 0, group);
+  PB_UNROLL
+  for (u32 t = 1; t < List<POINTERS>::capacity; t++)
+    if (t < u32(list->count) && list->first_group[t] <= group) c = chunk_in(list, t, group);
+  return c;
+#else
+  u32 t = 0;
+  for (u32 step = 64; step; step >>= 1)
+    if (t + step < u32(list->count) && list->first_group[t + step] <= group) t += step;
+  return chunk_in(list, t, group);
+#endif
 }
 
 // load_part and store_part of a dtype that is known when it runs: the same branch for the whole group.

@@ -9,6 +9,7 @@
 #include <sycl/accessor.hpp>
 #include <sycl/bit_cast.hpp>
 #include <sycl/builtins.hpp>
+#include <sycl/ext/intel/experimental/grf_size_properties.hpp>
 #include <sycl/ext/oneapi/free_function_queries.hpp>
 #include <sycl/ext/oneapi/kernel_properties/properties.hpp>
 #include <sycl/group_algorithm.hpp>
@@ -38,6 +39,7 @@ static_assert(PB_SUB_GROUP == 8 || PB_SUB_GROUP == 16 || PB_SUB_GROUP == 32 || P
 #define PB_PRIVATE
 #define PB_NO_UNROLL
 #define PB_NARROWEST 8
+#define PB_INDEX_BY_CONSTANTS   // IGC copies an argument that a variable indexes to memory, for every lane
 #define PB_ARGUMENT_BYTES 2048  // what Intel's GPUs take
 
 namespace pb {
@@ -95,24 +97,6 @@ struct Wave {
   u32 shuffle(u32 value, u32 source) const { return sycl::select_from_group(item.get_sub_group(), value, source); }
 };
 }  // namespace pb
-
-// An entry point of a kernel: a free function, because run-time compilation finds no other. Its parameters are the
-// kernel's arguments, by value, and an accessor to one Local; each in a type that can be declared by its name alone,
-// which DPC++ wants of them. Always inlined: the kernel that DPC++ makes would call it, and Intel's GPUs call through a
-// stack in memory, with a copy of the arguments there.
-#define PB_SYCL_PROPERTY(property) SYCL_EXT_ONEAPI_FUNCTION_PROPERTY((sycl::ext::oneapi::experimental::property))
-#define PB_SYCL_ENTRY(name, ...) \
-  typedef __VA_ARGS__ name##_kernel; \
-  struct name##_args { \
-    name##_kernel::Args args; \
-  }; \
-  struct name##_local { \
-    name##_kernel::Local local; \
-  }; \
-  extern "C" __attribute__((always_inline)) SYCL_EXTERNAL PB_SYCL_PROPERTY(nd_range_kernel<1>) PB_SYCL_PROPERTY( \
-      sub_group_size<PB_SUB_GROUP>) void name(name##_args a, sycl::local_accessor<name##_local, 1> l) { \
-    name##_kernel::run(pb::Wave{sycl::ext::oneapi::this_work_item::get_nd_item<1>()}, &l[0].local, a.args); \
-  }
 
 #include "wave.h"
 #endif

@@ -13,6 +13,7 @@
 //   u32 load4(PB_GLOBAL const u8 *)    store4(PB_GLOBAL u8 *, u32)    one access, 4-byte aligned
 //   PB_NARROWEST         optional: the lanes of the narrowest wave, 16 by default or 8
 //   PB_ARGUMENT_BYTES    optional: what the arguments of a launch may take, 4096 by default
+//   PB_INDEX_BY_CONSTANTS  optional: arguments are in registers, and only a constant can index them there
 //   set_flag(PB_GLOBAL u8 *)           stores 1, whoever else may do so at the same time
 //   float widen_half(u16)              optional, with PB_WIDEN_HALF: fp16 to fp32 where the bits of a NaN do not matter
 //   i32 dot4(u32 a, u32 b, i32 c)      c + the sum of four products of signed bytes
