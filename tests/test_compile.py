@@ -69,10 +69,9 @@ EMBEDDINGS: dict[str, Callable[[], nn.Module]] = {
     "compat-embedding-8bit": lambda: bnb.nn.Embedding8bit(20, 64).to("cpu"),
 }
 LAYERS = {**LINEARS, **EMBEDDINGS}
+NATIVE = [name for name in LAYERS if not name.startswith("compat")]
 # inductor takes about a second for each.
-LAYERS_BY_INDUCTOR = [
-    pytest.param(name, marks=[pytest.mark.slow] if name.startswith("compat") else []) for name in LAYERS
-]
+LAYERS_BY_INDUCTOR = [pytest.param(name, marks=[] if name in NATIVE else [pytest.mark.slow]) for name in LAYERS]
 
 
 def make(layer: str) -> nn.Module:

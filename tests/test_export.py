@@ -1,4 +1,4 @@
-"""torch.export of every layer, saved and loaded: the numbers of the layer, for any batch."""
+"""torch.export of every native layer, saved and loaded: the numbers of the layer, for any batch."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_compile import LAYERS, inputs, make
+from test_compile import NATIVE, inputs, make
 from tools import HERE, run_python
 from torch import Tensor, nn
 from torch.export import Dim
@@ -23,7 +23,7 @@ def export(module: nn.Module, x: Tensor, strict: bool) -> torch.export.ExportedP
 
 
 @pytest.mark.parametrize("strict", [False, True])
-@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize("layer", NATIVE)
 def test_export_save_load(layer: str, strict: bool) -> None:
     module = make(layer).eval()
     program, buffer = export(module, inputs(layer, 5), strict), io.BytesIO()
@@ -56,20 +56,20 @@ def test_stable_embedding(strict: bool) -> None:
 
 ELSEWHERE = """
 import torch, polybit
-from test_compile import LAYERS, inputs
-for layer in LAYERS:
+from test_compile import NATIVE, inputs
+for layer in NATIVE:
     program = torch.export.load(f"FOLDER/{layer}.pt2")
     wanted = torch.load(f"FOLDER/{layer}.pt")
     with torch.no_grad():
         assert torch.equal(program.module()(inputs(layer, 7)), wanted), layer
-print(len(LAYERS), "programs")
+print(len(NATIVE), "programs")
 """
 
 
 def test_a_program_file_runs_in_another_process(tmp_path: Path) -> None:
-    for layer in LAYERS:
+    for layer in NATIVE:
         module = make(layer).eval()
         torch.export.save(export(module, inputs(layer, 5), False), tmp_path / f"{layer}.pt2")
         torch.save(module(inputs(layer, 7)).detach(), tmp_path / f"{layer}.pt")
     done = run_python(ELSEWHERE.replace("FOLDER", str(tmp_path)), PYTHONPATH=str(HERE))
-    assert done.stdout.split()[0] == str(len(LAYERS))
+    assert done.stdout.split()[0] == str(len(NATIVE))
