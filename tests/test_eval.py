@@ -42,6 +42,13 @@ def gpt2() -> transformers.PretrainedConfig:
     return transformers.GPT2Config(vocab_size=200, n_positions=64, n_embd=64, n_layer=2, n_head=4)
 
 
+def mixtral() -> transformers.PretrainedConfig:
+    return transformers.MixtralConfig(
+        vocab_size=200, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, num_local_experts=4, max_position_embeddings=64,
+    )  # fmt: skip
+
+
 CONFIGS = {"llama": lambda: llama(False), "llama tied": lambda: llama(True), "gpt2": gpt2}
 
 
@@ -268,7 +275,23 @@ def test_eval_of_an_encoder(tmp_path: Path) -> None:
     assert code == 2 and "at least 2 lines, got 1" in error
 
 
-def test_eval_of_wrong_folders(tmp_path: Path) -> None:
+def test_eval_of_experts(tmp_path: Path) -> None:
+    """Their stacks, against what transformers makes of the folders itself."""
+    model = save(tmp_path / "model", mixtral())
+    text, tokens = tmp_path / "model" / "text.txt", tokenize(tmp_path / "model", TEXT)
+    for format in ("nf4", "int8"):
+        code, _, error = run("quantize", tmp_path / "model", tmp_path / format, "--format", format)
+        assert code == 0, error
+        code, out, error = run("eval", tmp_path / "model", tmp_path / format, "--text", text, "--json")
+        assert code == 0, error
+        other = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / format).eval()
+        assert other.model.layers[0].mlp.experts.down_proj.format_name == format
+        wanted = [perplexity(which, tokens).perplexity for which in (model, other)]
+        result = json.loads(out)
+        assert [result["perplexity_original"], result["perplexity"]] == pytest.approx(wanted, rel=1e-6)
+
+
+def test_eval_of_wrong_folders(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     save(tmp_path / "model", llama(True))
     quantize_folder(tmp_path / "model", tmp_path / "out", "nf4")
     text = tmp_path / "model" / "text.txt"
@@ -293,8 +316,10 @@ def test_eval_of_wrong_folders(tmp_path: Path) -> None:
     code, out, error = run("eval", tmp_path / "model", tmp_path / "out", "--text", text)
     assert (code, out) == (2, "") and "model: its tokenizer cannot be loaded" in error, error
     (tmp_path / "out" / "config.json").write_text(json.dumps(config | {"intermediate_size": 96}))
-    with pytest.raises((FolderError, ValueError), match="shape"):
+    caplog.clear()
+    with pytest.raises(FolderError, match="does not fit its model class"):
         load_model(tmp_path / "out")
+    assert "nf4, block size 64, double_quant=True, shape [96, 64]" in caplog.text  # the report of transformers
     (tmp_path / "out" / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 1}))
     with pytest.raises(FolderError, match="does not fit its model class"):
         load_model(tmp_path / "out")
