@@ -85,6 +85,9 @@ PB_FN i32 dot4(u32 a, u32 b, i32 c) {
   return c;
 }
 
+#ifdef PB_SYCL_WAVE  // of an implementation whose sub-groups are no waves
+#include PB_SYCL_WAVE
+#else
 struct Wave {
   sycl::nd_item<1> item;
   u32 tid() const { return u32(item.get_local_linear_id()); }
@@ -96,6 +99,7 @@ struct Wave {
   u32 shuffle_xor(u32 value, u32 mask) const { return sycl::permute_group_by_xor(item.get_sub_group(), value, mask); }
   u32 shuffle(u32 value, u32 source) const { return sycl::select_from_group(item.get_sub_group(), value, source); }
 };
+#endif
 }  // namespace pb
 
 #include "wave.h"
