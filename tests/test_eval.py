@@ -291,6 +291,38 @@ def test_eval_of_experts(tmp_path: Path) -> None:
         assert [result["perplexity_original"], result["perplexity"]] == pytest.approx(wanted, rel=1e-6)
 
 
+def test_eval_of_an_encoder_decoder(tmp_path: Path) -> None:
+    """Both sides read each line."""
+    torch.manual_seed(5)
+    config = transformers.T5Config(
+        vocab_size=200, d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4, decoder_start_token_id=0
+    )
+    model = transformers.T5ForConditionalGeneration(config).eval()
+    model.save_pretrained(tmp_path / "model")
+    save_tokenizer(tmp_path / "model")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "model")
+    lines = [line for line in TEXT.splitlines() if line.strip()][:8]
+    (tmp_path / "text.txt").write_text("\n".join(lines), encoding="utf-8")
+    assert run("quantize", tmp_path / "model", tmp_path / "out", "--format", "nf4")[0] == 0
+    code, out, error = run("eval", tmp_path / "model", tmp_path / "out", "--text", tmp_path / "text.txt", "--json")
+    assert code == 0, error
+
+    other = transformers.T5ForConditionalGeneration.from_pretrained(tmp_path / "out").eval()
+
+    def mean(which: Any, index: torch.Tensor) -> torch.Tensor:
+        memory = which.get_encoder()(index).last_hidden_state
+        return which.get_decoder()(index, encoder_hidden_states=memory).last_hidden_state.mean(1)
+
+    cosines = []
+    for line in lines:
+        index = torch.tensor([tokenizer(line)["input_ids"]])
+        with torch.no_grad():
+            a, b = mean(model, index), mean(other, index)
+        cosines.append(torch.nn.functional.cosine_similarity(a, b).item())
+    assert json.loads(out)["cosine_mean"] == pytest.approx(sum(cosines) / len(cosines), abs=1e-6)
+    assert 0.9 < min(cosines) < 0.99999
+
+
 def test_eval_of_wrong_folders(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     save(tmp_path / "model", llama(True))
     quantize_folder(tmp_path / "model", tmp_path / "out", "nf4")

@@ -26,8 +26,9 @@ def evaluate(
 ) -> None:
     """Hold a quantized model against its original.
 
-    Encoders embed the lines of the text: mean and worst cosine, agreement of the 10 nearest neighbours. Decoders
-    (causal language models) predict it: perplexity of both, and their ratio. Needs transformers.
+    Encoders (and encoder-decoders, both sides of which read the line) embed the lines of the text: mean and worst
+    cosine, agreement of the 10 nearest neighbours. Decoders (causal language models) predict it: perplexity of both,
+    and their ratio. Needs transformers.
     """
     if find_spec("transformers") is None:
         stop("eval", "needs transformers: pip install 'polybit[eval]'")

@@ -28,15 +28,23 @@ def _tokenizer(folder: Path) -> Any:
 
 
 def embed(model: nn.Module, folder: Path, sentences: list[str], batch: int = 32) -> Tensor:
-    """Mean-pooled, normalised embeddings [sentences, hidden], fp32, on the CPU, with the folder's tokenizer."""
+    """Mean-pooled, normalised embeddings [sentences, hidden], fp32, on the CPU, with the folder's tokenizer.
+
+    Both sides of an encoder-decoder read the sentence, so that all of its layers count.
+    """
     tokenizer = _tokenizer(folder)
+    two_sided = bool(getattr(model.config, "is_encoder_decoder", False))
     device = next(model.parameters()).device
     parts = []
     with torch.no_grad():
         for start in range(0, len(sentences), batch):
             inputs = tokenizer(sentences[start : start + batch], padding=True, truncation=True, return_tensors="pt")
             inputs = inputs.to(device)
-            hidden = model(**inputs).last_hidden_state
+            if two_sided:
+                again = {f"decoder_{name}": inputs[name] for name in ("input_ids", "attention_mask")}
+                hidden = model(**inputs, **again, output_hidden_states=True).decoder_hidden_states[-1]
+            else:
+                hidden = model(**inputs).last_hidden_state
             mask = inputs["attention_mask"].unsqueeze(-1).to(hidden.dtype)
             parts.append((hidden * mask).sum(1) / mask.sum(1))
     return F.normalize(torch.cat(parts).float(), dim=-1).cpu()
