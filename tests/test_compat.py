@@ -6,6 +6,7 @@ The programs are in compat_flows.py. Where results must differ, the reason is be
 from __future__ import annotations
 
 import ast
+import itertools
 import json
 import os
 import subprocess
@@ -196,30 +197,15 @@ def test_run_replaces_it_for_scripts_modules_and_their_children(tmp_path: Path) 
 
 # What is not offered, and why. docs/bitsandbytes.md says the same.
 RAW = "raw library"
-OLD = "deprecated there"
-PAGED = "paged memory by hand; optimizers page by themselves"
 MISSING = {
-    "functional.GlobalPageManager": PAGED,
-    "functional.get_paged": PAGED,
-    "functional.prefetch_tensor": PAGED,
-    "functional.fill": PAGED,
-    "functional.elementwise_func": PAGED,
     "functional.CUBLAS_Context": RAW,
     "functional.is_on_gpu": RAW,
     "functional.has_avx512bf16": RAW,
-    "functional.igemm": OLD,
-    "functional.batched_igemm": OLD,
-    "functional.check_matmul": OLD,
-    "functional.create_normal_map": "its values are those of get_4bit_type('nf4')",
-    "optim.lars.PytorchLARS": "a reference; torch.optim.Optimizer classes are not ours to give",
-    "optim.PytorchLARS": "a reference; torch.optim.Optimizer classes are not ours to give",
     "autograd._functions.GlobalOutlierPooler": "nothing has used it",
     "autograd._functions.MatMul4Bit": "matmul_4bit is differentiable itself",
     "autograd._functions.MatMul8bitFp": "matmul is differentiable itself",
     "autograd._functions.MatMul8bitLt": "matmul is differentiable itself",
 }
-# Of optimizers: how the real ones make their states and page them.
-MEMBERS = ("fill_qmap", "get_state_buffer", "prefetch_state")
 
 DUMP = """
 import importlib, inspect, json, sys
@@ -261,9 +247,7 @@ def test_every_public_name_has_its_signature() -> None:
     theirs, ours = dump("bitsandbytes"), dump("polybit.compat.bitsandbytes")
     assert len(theirs) > 150
     owners = tuple(f"{name}." for name in MISSING)
-    missing = {
-        name for name in theirs.keys() - ours.keys() if not name.startswith(owners) and not name.endswith(MEMBERS)
-    }
+    missing = {name for name in theirs.keys() - ours.keys() if not name.startswith(owners)}
     assert missing == set(MISSING), missing ^ set(MISSING)
     different = {name: (ours[name], want) for name, want in theirs.items() if name in ours and ours[name] != want}
     assert different == {}
@@ -277,6 +261,73 @@ def test_what_unsloth_asks_before_it_does_without_a_library() -> None:
     pointer = functional.get_ptr(x)
     assert pointer is not None and pointer.value == x.data_ptr() and functional.get_ptr(None) is None
     assert not hasattr(functional, "lib")
+
+
+@pytest.mark.filterwarnings("ignore:.* is deprecated; use int8_linear_matmul:FutureWarning")
+def test_deprecated_products_are_those_of_torch() -> None:
+    """The real ones want a GPU."""
+    from polybit.compat.bitsandbytes import functional
+
+    generator = torch.Generator().manual_seed(0)
+
+    def codes(*shape: int) -> torch.Tensor:
+        return torch.randint(-127, 128, shape, generator=generator, dtype=torch.int8)
+
+    for batch_a, batch_b in (((), ()), ((3,), ()), ((3,), (3,))):
+        for turned_a, turned_b in itertools.product((False, True), repeat=2):
+            a = codes(*batch_a, *((7, 5) if turned_a else (5, 7)))
+            b = codes(*batch_b, *((4, 7) if turned_b else (7, 4)))
+            want = (a.mT if turned_a else a).int() @ (b.mT if turned_b else b).int()
+            out = torch.zeros_like(want)
+            assert torch.equal(functional.igemm(a, b, None, turned_a, turned_b), want)
+            assert functional.igemm(a, b, out, turned_a, turned_b) is out and torch.equal(out, want)
+            assert tuple(functional.check_matmul(a, b, None, turned_a, turned_b)) == want.shape
+            if batch_b:
+                assert torch.equal(functional.batched_igemm(a, b, None, turned_a, turned_b), want)
+    a, b, out = codes(3, 6, 5), codes(3, 6, 4), torch.zeros(5, 4, dtype=torch.int32)
+    functional.igemm(a, b, out)
+    assert torch.equal(out, torch.einsum("bsi,bso->io", a.int(), b.int()).int())
+    with pytest.raises(ValueError, match="do not fit"):
+        functional.igemm(a, b)
+    with pytest.raises(TypeError, match="int8"):
+        functional.igemm(a.int(), b.int())
+    for call, arguments in (
+        (functional.check_matmul, (a[0].t(), b[0], None, False, False)),
+        (functional.igemm, (a[0].t(), b[0])),
+        (functional.batched_igemm, (a.mT, b)),
+    ):
+        with pytest.warns(FutureWarning, match="is deprecated"):
+            call(*arguments)  # type: ignore[operator]
+
+
+def test_maps_and_memory_by_hand() -> None:
+    """create_normal_map wants scipy there, paged memory a GPU; AF4 has its 16 values."""
+    import bitsandbytes as theirs
+
+    from polybit.compat.bitsandbytes import functional
+
+    values = functional.create_normal_map()
+    assert values.shape == (256,) and torch.count_nonzero(values) == 15 and (values.diff() >= 0).all()
+    kept = torch.cat([values[values < 0], values[:1] * 0, values[values > 0]])
+    torch.testing.assert_close(kept, functional.get_4bit_type("nf4"), rtol=0, atol=2e-6)
+    even = functional.create_normal_map(use_extra_value=False)
+    assert torch.count_nonzero(even) == 14 and torch.equal(even.flip(0), -even)
+    af4 = functional.get_4bit_type("af4", device="cpu")
+    assert torch.equal(af4, theirs.functional.get_4bit_type("af4", device="cpu"))
+
+    paged = functional.get_paged(3, 4, dtype=torch.uint8)
+    assert paged.shape == (3, 4) and paged.is_paged and paged.page_deviceid == 0  # type: ignore[attr-defined]
+    functional.fill(paged, 7)
+    assert (paged == 7).all()
+    functional.elementwise_func("arange", paged, None, 0)
+    functional.elementwise_func("_mul", paged, paged.clone(), 0)
+    assert paged.flatten().tolist() == [i * i for i in range(12)]
+    manager = functional.GlobalPageManager.get_instance()
+    manager.paged_tensors.append(paged)
+    manager.prefetch_all()
+    manager.initialize()
+    with pytest.raises(ValueError, match="get_paged"):
+        functional.prefetch_tensor(torch.zeros(3))
 
 
 @pytest.mark.parametrize("name", ["AdamW8bit", "AdamW", "Lion8bit", "SGD8bit", "AdEMAMix8bit"])

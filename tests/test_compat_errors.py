@@ -66,7 +66,6 @@ DIFFERENT = [
     ("LARS*, max_unorm=0.5", "", "NotImplementedError"),
     ("* map of 4 bits", "", "NotImplementedError"),
     ("linear map without zero", "", "NotImplementedError"),
-    ("type af4", "", "NotImplementedError"),
     ("quantize_blockwise, blocksize 100", "", "ValueError"),
     ("quantize_blockwise, blocksize 8192", "", "ValueError"),
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import warnings
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -20,6 +21,7 @@ ops = torch.ops.polybit
 
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 name2qmap: dict[str, Tensor] = {}
+FIRST_CUDA_DEVICE = torch.device("cuda", index=0)
 
 
 class QuantState:
@@ -435,6 +437,82 @@ def int8_linear_matmul(A: Tensor, B: Tensor, out: Tensor | None = None, dtype: t
     return _out(ops.matmul_int8(A, B), out)
 
 
+def _warn_that_it_is_old(name: str) -> None:
+    warnings.warn(f"{name} is deprecated; use int8_linear_matmul", FutureWarning, stacklevel=3)
+
+
+def check_matmul(
+    A: Tensor,
+    B: Tensor,
+    out: Tensor | None,
+    transposed_A: bool,
+    transposed_B: bool,
+    expected_type: torch.dtype = torch.int8,
+) -> Sequence[int]:
+    """The shape of op(A) op(B), of [M, K] and [K, N] or of batches; op transposes the last two dimensions.
+
+    That of `out`, where it is given. Raises TypeError for other dtypes, ValueError for shapes that do not fit.
+    """
+    _warn_that_it_is_old("check_matmul")
+    return _product_shape(A, B, out, transposed_A, transposed_B, expected_type)
+
+
+def _product_shape(
+    A: Tensor, B: Tensor, out: Tensor | None, transposed_A: bool, transposed_B: bool, dtype: torch.dtype = torch.int8
+) -> Sequence[int]:
+    if A.dtype != dtype or B.dtype != dtype:
+        raise TypeError(f"A and B must be {dtype}, got {A.dtype} and {B.dtype}")
+    a, b = _turned(A, transposed_A), _turned(B, transposed_B)
+    fit = (a.dim(), b.dim()) in ((2, 2), (3, 2), (3, 3)) and a.shape[-1] == b.shape[-2]
+    if not fit and not _contracts(A, B, out):
+        raise ValueError(f"shapes of A and B do not fit: {list(a.shape)} and {list(b.shape)}, transposed as asked")
+    return (*a.shape[:-1], b.shape[-1]) if out is None else out.shape
+
+
+def _turned(x: Tensor, transposed: bool) -> Tensor:
+    return x.transpose(-1, -2) if transposed else x
+
+
+def _contracts(A: Tensor, B: Tensor, out: Tensor | None) -> bool:
+    """Whether it is the sum over batch and sequence of a backward pass: A [b, s, i], B [b, s, o] to out [i, o]."""
+    if A.dim() != 3 or B.dim() != 3 or out is None:
+        return False
+    return A.shape[:2] == B.shape[:2] and tuple(out.shape) == (A.shape[2], B.shape[2])
+
+
+def igemm(
+    A: Tensor, B: Tensor, out: Tensor | None = None, transposed_A: bool = False, transposed_B: bool = False
+) -> Tensor:
+    """The int32 product op(A) op(B) of int8 [M, K] or [b, M, K], and [K, N] or, for each batch, [b, K, N].
+
+    With `out` [i, o] also the sum over b and s of A [b, s, i] and B [b, s, o]. Raises as check_matmul does.
+    """
+    _warn_that_it_is_old("igemm")
+    _product_shape(A, B, out, transposed_A, transposed_B)
+    if _contracts(A, B, out):
+        return int8_linear_matmul(A.flatten(0, 1).t().contiguous(), B.flatten(0, 1).t().contiguous(), out)
+    return _igemm(A, B, out, transposed_A, transposed_B)
+
+
+def batched_igemm(
+    A: Tensor, B: Tensor, out: Tensor | None = None, transposed_A: bool = False, transposed_B: bool = False
+) -> Tensor:
+    """The int32 products op(A) op(B) of int8 [b, M, K] and [b, K, N]. Raises as check_matmul does."""
+    _warn_that_it_is_old("batched_igemm")
+    if A.dim() != 3 or B.dim() != 3:
+        raise ValueError(f"batched_igemm: A and B must have 3 dimensions, got {list(A.shape)} and {list(B.shape)}")
+    _product_shape(A, B, out, transposed_A, transposed_B)
+    return _igemm(A, B, out, transposed_A, transposed_B)
+
+
+def _igemm(A: Tensor, B: Tensor, out: Tensor | None, transposed_A: bool, transposed_B: bool) -> Tensor:
+    a, b = _turned(A, transposed_A), _turned(B, not transposed_B)  # int8_linear_matmul takes [N, K]
+    if b.dim() == 2:
+        return int8_linear_matmul(a.contiguous(), b.contiguous(), out)
+    products = [int8_linear_matmul(x.contiguous(), y.contiguous()) for x, y in zip(a, b)]
+    return _out(torch.stack(products), out)
+
+
 def int8_mm_dequant(
     A: Tensor, row_stats: Tensor, col_stats: Tensor, out: Tensor | None = None, bias: Tensor | None = None
 ) -> Tensor:
@@ -462,13 +540,39 @@ def int8_product_values(
 
 
 def get_4bit_type(typename: str, device: torch.device | str | None = None, blocksize: int = 64) -> Tensor:
-    """The 16 values of "nf4", "fp4" or "int4", fp32, on `device` (default: the CPU).
+    """The 16 values of "nf4", "fp4", "int4" or "af4", fp32, on `device` (default: the CPU).
 
-    Raises NotImplementedError for another name.
+    Raises NotImplementedError for another name, and for af4 with another blocksize than 64.
     """
+    if typename == "af4":
+        if blocksize != 64:
+            raise NotImplementedError(f"get_4bit_type: af4 is for blocks of 64, got {blocksize}")
+        return torch.tensor(_AF4, device=device)
     if typename not in ("nf4", "fp4", "int4"):
         raise NotImplementedError(f"get_4bit_type: {typename!r} is not supported")
     return get_format(typename).on("cpu" if device is None else device).code.clone()
+
+
+# AbnormalFloat of blocks of 64, downwards: Yoshida, "NF4 Isn't Information Theoretically Optimal (and that's Good)",
+# 2023, arXiv:2306.06965.
+_AF4 = (
+    1.0, 0.72424863, 0.55496234, 0.42563882, 0.31675666, 0.21961274, 0.12934483, 0.04273164,
+    0.0, -0.04934812, -0.14982478, -0.25607552, -0.3736951, -0.51243739, -0.69441008, -1.0,
+)  # fmt: skip
+
+
+def create_normal_map(offset: float = 0.9677083, use_extra_value: bool = True) -> Tensor:
+    """Quantiles of the normal distribution over the largest one, and zeros, fp32 [256], ascending.
+
+    As many on both sides of zero, or one more of the positive ones. Source: Dettmers et al., "QLoRA", 2023, section 3.
+    """
+    positive, negative = (
+        torch.special.ndtri(torch.linspace(offset, 0.5, count)[:-1].double())
+        for count in (9 if use_extra_value else 8, 8)
+    )
+    zeros = positive.new_zeros(256 - len(positive) - len(negative))
+    values = torch.cat([positive, zeros, -negative]).float().sort().values
+    return values / values.max()
 
 
 def create_dynamic_map(signed: bool = True, max_exponent_bits: int = 7, total_bits: int = 8) -> Tensor:
@@ -566,3 +670,63 @@ def optimizer_update_8bit_blockwise(
         optimizer_name, p, g, state, step, gnorm_scale, lr=lr, betas=betas, eps=eps, alpha=alpha,
         weight_decay=weight_decay, skip_zeros=skip_zeros,
     )  # fmt: skip
+
+
+# Paged memory by hand. Optimizers have their own (polybit.optim, "Paging"); this is memory of the host, which the
+# operating system pages.
+
+
+class GlobalPageManager:
+    """The tensors that were registered as paged."""
+
+    _instance: ClassVar[GlobalPageManager | None] = None
+
+    def __init__(self) -> None:
+        raise RuntimeError("GlobalPageManager: use get_instance()")
+
+    @classmethod
+    def get_instance(cls) -> GlobalPageManager:
+        """The only one."""
+        if cls._instance is None:
+            cls._instance = cls.__new__(cls)
+            cls._instance.initialize()
+        return cls._instance
+
+    def initialize(self) -> None:
+        """Forget all tensors."""
+        self.paged_tensors: list[Tensor] = []
+
+    def prefetch_all(self, to_cpu: bool = False) -> None:
+        """prefetch_tensor of each, the first one last."""
+        for tensor in reversed(self.paged_tensors):
+            prefetch_tensor(tensor, to_cpu)
+
+
+def get_paged(*shape: int, dtype: torch.dtype = torch.float32, device: torch.device = FIRST_CUDA_DEVICE) -> Tensor:
+    """Zeros in host memory, a CPU tensor with the attributes is_paged and page_deviceid (of `device`)."""
+    tensor: Any = torch.zeros(shape, dtype=dtype)
+    tensor.is_paged, tensor.page_deviceid = True, device.index
+    return tensor  # type: ignore[no-any-return]
+
+
+def prefetch_tensor(A: Tensor, to_cpu: bool = False) -> None:
+    """Nothing, as host memory is where it is used. Raises ValueError for a tensor that get_paged did not make."""
+    if not getattr(A, "is_paged", False):
+        raise ValueError("prefetch_tensor: only tensors of get_paged can be prefetched")
+
+
+def elementwise_func(func_name: str, A: Tensor, B: Tensor | None, value: float, prefetch: bool = True) -> None:
+    """Change A: "fill" with the value, "arange" from 0 on, "_mul" by B. Raises NotImplementedError for others."""
+    if func_name == "fill":
+        A.fill_(value)
+    elif func_name == "arange":
+        A.copy_(torch.arange(A.numel(), device=A.device).view_as(A))
+    elif func_name == "_mul" and B is not None:
+        A.mul_(B)
+    else:
+        raise NotImplementedError(f"elementwise_func: {func_name!r} is not supported")
+
+
+def fill(A: Tensor, value: float, device: torch.device | None = None, prefetch: bool = True) -> None:
+    """A filled with the value."""
+    elementwise_func("fill", A, None, value, prefetch)

@@ -28,7 +28,7 @@ from polybit.compat.bitsandbytes.optim.ademamix import (
     PagedAdEMAMix32bit,
 )
 from polybit.compat.bitsandbytes.optim.lamb import LAMB, LAMB8bit, LAMB32bit
-from polybit.compat.bitsandbytes.optim.lars import LARS, LARS8bit, LARS32bit
+from polybit.compat.bitsandbytes.optim.lars import LARS, LARS8bit, LARS32bit, PytorchLARS
 from polybit.compat.bitsandbytes.optim.lion import (
     Lion,
     Lion8bit,
@@ -77,6 +77,7 @@ __all__ = [
     "PagedLion",
     "PagedLion8bit",
     "PagedLion32bit",
+    "PytorchLARS",
     "RMSprop",
     "RMSprop8bit",
     "RMSprop32bit",

@@ -14,6 +14,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from polybit import optim as native
 from polybit.optim.base import WRAPPED
 from polybit.optim.overrides import SETTINGS, settings_of
+from polybit.spec import codebooks
 from polybit.spec.optim import Hyper
 
 # The rule behind each name, and what its options are called there: those that are kept as `betas`, then fixed ones.
@@ -228,6 +229,19 @@ class Optimizer8bit(native.Optimizer):
             self._update(1.0)
         finally:
             self.param_groups = groups
+
+    def fill_qmap(self) -> None:
+        """Put the two dynamic maps into name2qmap."""
+        self.name2qmap: dict[str, Tensor] = {
+            name: codebooks.dynamic(signed).code for name, signed in (("dynamic", True), ("udynamic", False))
+        }
+
+    def get_state_buffer(self, p: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Zeros of a parameter's shape, on its device."""
+        return torch.zeros_like(p, dtype=dtype)
+
+    def prefetch_state(self, p: Tensor) -> None:
+        """Nothing is left to do: a step fetches the paged states that it changes."""
 
     def check_overrides(self) -> None:
         """Nothing is left to do: options are looked up in each step."""
