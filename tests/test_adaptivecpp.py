@@ -1,4 +1,4 @@
-"""The kernels on a second implementation of SYCL: every sample. By hand only, POLYBIT_ACPP=/path/to/acpp."""
+"""The kernels on a second implementation of SYCL: every sample. By hand only, ACPP=/path/to/acpp."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from tools import INCLUDE
 
 from polybit.spec import OPS
 
-COMPILER = os.environ.get("POLYBIT_ACPP", "")
+COMPILER = os.environ.get("ACPP", "")
 SOURCES = ROOT / "tests" / "simt"
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(not COMPILER, reason="needs AdaptiveCpp, which no registry has: POLYBIT_ACPP=/path/to/acpp"),
+    pytest.mark.skipif(not COMPILER, reason="needs AdaptiveCpp, which no registry has: ACPP=/path/to/acpp"),
 ]
 
 
