@@ -437,12 +437,14 @@ def test_progress_bar(capsys: pytest.CaptureFixture[str]) -> None:
 def test_load_model_takes_every_kind_from_a_folder(tmp_path: Path) -> None:
     from transformers import GPT2Config, GPT2Model
 
+    from polybit import PolybitConfig
     from polybit.integrations.models import load_model
 
     torch.manual_seed(0)
     config = GPT2Config(vocab_size=40, n_positions=8, n_embd=64, n_layer=1, n_head=2)
     model = GPT2Model(config).eval()
-    quantize_(model, "nf4", embeddings=True, overrides={"c_fc": "int8", "wpe": "nf3"})
+    overrides = {"c_fc": "int8", "wpe": "nf3"}
+    quantize_(model, "nf4", embeddings=True, overrides=overrides)
     assert kinds(model) == {
         "wte": "Embedding4bit nf4",
         "wpe": "EmbeddingKbit nf3",
@@ -451,8 +453,14 @@ def test_load_model_takes_every_kind_from_a_folder(tmp_path: Path) -> None:
         "h.0.mlp.c_fc": "Linear8bit int8",
         "h.0.mlp.c_proj": "Linear4bit nf4",
     }
-    (tmp_path / "config.json").write_text(json.dumps(config.to_dict()), encoding="utf-8")
-    save_file({key: value.contiguous() for key, value in model.state_dict().items()}, tmp_path / "model.safetensors")
+    recorded = PolybitConfig("nf4", embeddings=True, overrides=overrides).to_dict()
+    entries = {**config.to_dict(), "architectures": ["GPT2Model"], "quantization_config": recorded}
+    (tmp_path / "config.json").write_text(json.dumps(entries), encoding="utf-8")
+    save_file(
+        {key: value.contiguous() for key, value in model.state_dict().items()},
+        tmp_path / "model.safetensors",
+        metadata={"format": "pt"},
+    )
     loaded = load_model(tmp_path)
     assert kinds(loaded) == kinds(model) and same(loaded, model)
     with torch.no_grad():
