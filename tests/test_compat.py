@@ -289,6 +289,8 @@ def test_deprecated_products_are_those_of_torch() -> None:
     assert torch.equal(out, torch.einsum("bsi,bso->io", a.int(), b.int()).int())
     with pytest.raises(ValueError, match="do not fit"):
         functional.igemm(a, b)
+    with pytest.raises(ValueError, match="out must have shape"):
+        functional.igemm(codes(5, 7), codes(7, 4), out[:, :3])
     with pytest.raises(TypeError, match="int8"):
         functional.igemm(a.int(), b.int())
     for call, arguments in (

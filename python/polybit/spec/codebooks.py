@@ -32,6 +32,13 @@ NF4 = (
     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 )  # fmt: skip
 
+# Yoshida 2023, NF4 Isn't Information Theoretically Optimal (and that's Good), arXiv:2306.06965: AbnormalFloat, for
+# blocks of 64.
+AF4 = (
+    -1.0, -0.69441008, -0.51243739, -0.3736951, -0.25607552, -0.14982478, -0.04934812, 0.0,
+    0.04273164, 0.12934483, 0.21961274, 0.31675666, 0.42563882, 0.55496234, 0.72424863, 1.0,
+)  # fmt: skip
+
 # Magnitudes by the three low bits of an FP4 index; the fourth is the sign.
 FP4_MAGNITUDES = (0.0, 0.0625 / 12, 8 / 12, 12 / 12, 4 / 12, 6 / 12, 2 / 12, 3 / 12)
 # Between neighbouring magnitudes. Five are not the fp32 midpoints, but existing checkpoints were made with these.
@@ -49,6 +56,14 @@ def nf4() -> Codebook:
     return ascending(NF4)
 
 
+def gaussian_quantiles(outermost: float, count: int) -> list[float]:
+    """`count` quantiles over the largest, downwards: evenly spaced from the probability `outermost` on, towards 0.5."""
+    step = (outermost - 0.5) / count
+    probabilities = torch.tensor([outermost - i * step for i in range(count)], dtype=torch.float64)
+    values: list[float] = torch.special.ndtri(probabilities).tolist()
+    return [value / values[0] for value in values]
+
+
 def normal_float(bits: int) -> Codebook:
     """NormalFloat of 2 or 3 bits as NF4 is made: 2^(k-1) positive, 2^(k-1) - 1 negative Gaussian quantiles, and 0.
 
@@ -56,14 +71,8 @@ def normal_float(bits: int) -> Codebook:
     """
     half = 1 << (bits - 1)
     outermost = 1.0 - 0.5 * (1.0 / (2 * (2 * half - 1)) + 1.0 / (4 * half))
-
-    def quantiles(count: int) -> list[float]:
-        step = (outermost - 0.5) / count
-        probabilities = torch.tensor([outermost - i * step for i in range(count)], dtype=torch.float64)
-        values: list[float] = torch.special.ndtri(probabilities).tolist()
-        return [value / values[0] for value in values]
-
-    return ascending([-v for v in quantiles(half - 1)] + [0.0] + quantiles(half)[::-1])
+    negative, positive = (gaussian_quantiles(outermost, count) for count in (half - 1, half))
+    return ascending([-v for v in negative] + [0.0] + positive[::-1])
 
 
 def fp4() -> Codebook:

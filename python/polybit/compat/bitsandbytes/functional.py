@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from polybit.compat.bitsandbytes.optim.optimizer import update_parameter
-from polybit.compat.bitsandbytes.utils import pack_dict_to_tensor, unpack_tensor_to_dict
+from polybit.compat.bitsandbytes.utils import Singleton, pack_dict_to_tensor, unpack_tensor_to_dict
 from polybit.formats import get_format
 from polybit.qtensor import KERNEL_DTYPES, NESTED_BLOCK
 from polybit.spec import codebooks
@@ -451,7 +451,8 @@ def check_matmul(
 ) -> Sequence[int]:
     """The shape of op(A) op(B), of [M, K] and [K, N] or of batches; op transposes the last two dimensions.
 
-    That of `out`, where it is given. Raises TypeError for other dtypes, ValueError for shapes that do not fit.
+    With `out` [i, o] also of the sum over b and s of A [b, s, i] and B [b, s, o]. Raises TypeError for other dtypes,
+    ValueError for shapes that do not fit.
     """
     _warn_that_it_is_old("check_matmul")
     return _product_shape(A, B, out, transposed_A, transposed_B, expected_type)
@@ -466,7 +467,10 @@ def _product_shape(
     fit = (a.dim(), b.dim()) in ((2, 2), (3, 2), (3, 3)) and a.shape[-1] == b.shape[-2]
     if not fit and not _contracts(A, B, out):
         raise ValueError(f"shapes of A and B do not fit: {list(a.shape)} and {list(b.shape)}, transposed as asked")
-    return (*a.shape[:-1], b.shape[-1]) if out is None else out.shape
+    shape = A.shape[2:] + B.shape[2:] if _contracts(A, B, out) else a.shape[:-1] + b.shape[-1:]
+    if out is not None and out.shape != shape:
+        raise ValueError(f"out must have shape {list(shape)}, got {list(out.shape)}")
+    return shape
 
 
 def _turned(x: Tensor, transposed: bool) -> Tensor:
@@ -547,18 +551,10 @@ def get_4bit_type(typename: str, device: torch.device | str | None = None, block
     if typename == "af4":
         if blocksize != 64:
             raise NotImplementedError(f"get_4bit_type: af4 is for blocks of 64, got {blocksize}")
-        return torch.tensor(_AF4, device=device)
+        return torch.tensor(codebooks.AF4[::-1], device=device)
     if typename not in ("nf4", "fp4", "int4"):
         raise NotImplementedError(f"get_4bit_type: {typename!r} is not supported")
     return get_format(typename).on("cpu" if device is None else device).code.clone()
-
-
-# AbnormalFloat of blocks of 64, downwards: Yoshida, "NF4 Isn't Information Theoretically Optimal (and that's Good)",
-# 2023, arXiv:2306.06965.
-_AF4 = (
-    1.0, 0.72424863, 0.55496234, 0.42563882, 0.31675666, 0.21961274, 0.12934483, 0.04273164,
-    0.0, -0.04934812, -0.14982478, -0.25607552, -0.3736951, -0.51243739, -0.69441008, -1.0,
-)  # fmt: skip
 
 
 def create_normal_map(offset: float = 0.9677083, use_extra_value: bool = True) -> Tensor:
@@ -566,13 +562,9 @@ def create_normal_map(offset: float = 0.9677083, use_extra_value: bool = True) -
 
     As many on both sides of zero, or one more of the positive ones. Source: Dettmers et al., "QLoRA", 2023, section 3.
     """
-    positive, negative = (
-        torch.special.ndtri(torch.linspace(offset, 0.5, count)[:-1].double())
-        for count in (9 if use_extra_value else 8, 8)
-    )
-    zeros = positive.new_zeros(256 - len(positive) - len(negative))
-    values = torch.cat([positive, zeros, -negative]).float().sort().values
-    return values / values.max()
+    positive, negative = (codebooks.gaussian_quantiles(offset, count) for count in (8 if use_extra_value else 7, 7))
+    zeros = [0.0] * (256 - len(positive) - len(negative))
+    return torch.tensor([-v for v in negative] + zeros + positive[::-1])
 
 
 def create_dynamic_map(signed: bool = True, max_exponent_bits: int = 7, total_bits: int = 8) -> Tensor:
@@ -676,21 +668,11 @@ def optimizer_update_8bit_blockwise(
 # operating system pages.
 
 
-class GlobalPageManager:
+class GlobalPageManager(Singleton):
     """The tensors that were registered as paged."""
 
-    _instance: ClassVar[GlobalPageManager | None] = None
-
-    def __init__(self) -> None:
-        raise RuntimeError("GlobalPageManager: use get_instance()")
-
-    @classmethod
-    def get_instance(cls) -> GlobalPageManager:
-        """The only one."""
-        if cls._instance is None:
-            cls._instance = cls.__new__(cls)
-            cls._instance.initialize()
-        return cls._instance
+    def _begin(self) -> None:
+        self.initialize()
 
     def initialize(self) -> None:
         """Forget all tensors."""

@@ -7,7 +7,7 @@ import logging
 import shlex
 import subprocess
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -75,20 +75,32 @@ def find_outlier_dims(
     return torch.where((deviation - deviation.mean()) / deviation.std() > zscore)[0]
 
 
-class OutlierTracer:
-    """Which inputs of each nn.Linear are outliers, found in the first pass after `initialize(model)`; a singleton."""
+_S = TypeVar("_S", bound="Singleton")
 
-    _instance: OutlierTracer | None = None
+
+class Singleton:
+    """What get_instance makes once."""
+
+    _instance: ClassVar[Any] = None
 
     def __init__(self) -> None:
-        raise RuntimeError("OutlierTracer: call get_instance() instead")
+        raise RuntimeError(f"{type(self).__name__}: call get_instance() instead")
 
     @classmethod
-    def get_instance(cls) -> OutlierTracer:
-        """The one tracer."""
+    def get_instance(cls: type[_S]) -> _S:
+        """The only one."""
         if cls._instance is None:
             cls._instance = cls.__new__(cls)
-        return cls._instance
+            cls._instance._begin()
+        instance: _S = cls._instance
+        return instance
+
+    def _begin(self) -> None:
+        """What it starts with."""
+
+
+class OutlierTracer(Singleton):
+    """Which inputs of each nn.Linear are outliers, found in the first pass after `initialize(model)`."""
 
     def initialize(self, model: nn.Module) -> None:
         """Watch all linear layers of a model."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from polybit import optim as native
+from polybit.compat.bitsandbytes.utils import Singleton
 from polybit.optim.base import WRAPPED
 from polybit.optim.overrides import SETTINGS, settings_of
 from polybit.spec import codebooks
@@ -40,21 +41,11 @@ class MockArgs(SimpleNamespace):
         super().__init__(**initial_data)
 
 
-class GlobalOptimManager:
+class GlobalOptimManager(Singleton):
     """Options of single parameters, for all optimizers of this process; a singleton."""
 
-    _instance: GlobalOptimManager | None = None
-
-    def __init__(self) -> None:
-        raise RuntimeError("GlobalOptimManager: call get_instance() instead")
-
-    @classmethod
-    def get_instance(cls) -> GlobalOptimManager:
-        """The one manager."""
-        if cls._instance is None:
-            cls._instance = cls.__new__(cls)
-            cls._instance.initialize()
-        return cls._instance
+    def _begin(self) -> None:
+        self.initialize()
 
     def initialize(self) -> None:
         """Forget all options."""
