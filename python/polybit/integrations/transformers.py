@@ -157,7 +157,7 @@ class PolybitQuantizer(HfQuantizer):  # type: ignore[misc]
         stored = _stored_dense(keys)
         dense = [tied for tied, source in model.all_tied_weights_keys.items() if _is_among(source, stored)]
         self.stacks = {f"{name.rpartition('.')[2]}.{last}" for name, _, last in experts.stacks(model)}
-        # A folder of polybit quantize has its experts one by one, dense.
+        # In a quantized checkpoint without a quantized stack all experts are dense, as they were left alone.
         stacked = not self.pre_quantized or any(
             f".{stack}.{part}" in key for stack in self.stacks for part in ("absmax", "SCB") for key in keys
         )
