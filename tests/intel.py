@@ -100,7 +100,7 @@ def to_spirv(program: Path, entry: str, type: str, folder: Path, device: str) ->
     folder = Path(tempfile.mkdtemp(dir=folder))
     source = folder / "kernel.cpp"
     source.write_text(f'#include "core/kernels/sycl.h"\nPB_SYCL_ENTRY({entry}, {type})\n')
-    command = (program, source, *OPTIONS, f"-DPB_SUB_GROUP={GPUS[device]}", "-DPB_INTEL_GPU", "-DPB_XMX")
+    command = (program, source, *OPTIONS, f"-DPB_SUB_GROUP={GPUS[device]}", "-DPB_LARGE_REGISTER_FILE", "-DPB_XMX")
     done = execute(*command, cwd=folder, SYCL_DUMP_IMAGES="1", SYCL_UR_TRACE="2")
     options = set(re.findall(r"<--- urProgramCompile\(.*\.pOptions = \w+ \((.*?)\)\)", done.stdout))
     said = re.sub(r"^ *(--->|<---) ur.*\n", "", done.stdout, flags=re.MULTILINE)

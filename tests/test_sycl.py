@@ -120,15 +120,65 @@ def test_the_first_samples(op: str) -> None:
     result.raise_failures()
 
 
+def build(root: Path, folder: Path, *options: str, target: str = "all") -> None:
+    """The SYCL backend alone, by CMake against the libsycl of `root`."""
+    off = [f"-DPOLYBIT_{part}=OFF" for part in ("PYTHON", "CPU", "CUDA", "HIP", "MPS", "EMULATOR")]
+    where = ("-DPOLYBIT_SYCL=ON", f"-DPOLYBIT_SYCL_ROOT={root}", *options)
+    for command in (("-G", "Ninja", "-S", ROOT, "-B", folder, *off, *where), ("--build", folder, "--target", target)):
+        done = execute("cmake", *command, lib=root / "lib")
+        assert done.returncode == 0, done.stdout
+
+
+def test_a_kernel_compiled_ahead_is_loaded(tmp_path: Path) -> None:
+    require_backend()
+    build(require_sycl(), tmp_path, target="polybit_sycl_ahead")
+    package = tmp_path / "python" / "polybit"
+    shutil.copytree(PACKAGE, package)
+    ahead = package / "lib" / "sycl.9"
+    shutil.rmtree(ahead, ignore_errors=True)
+    program = tmp_path / "backends" / "sycl" / "polybit_sycl_ahead"
+    done = execute(program, ahead, "16", "quantize_blockwise_fp32", "matmul_linear_int8_fp32", "quantize_blockwise")
+    assert (done.returncode, done.stdout) == (1, "polybit_sycl_ahead: no kernel is called quantize_blockwise\n")
+    (made,) = ahead.rglob("*.*")  # the other one is large
+    assert made == ahead / "16" / "quantize_blockwise_fp32.syclbin"
+
+    code = """
+import torch, polybit
+from polybit import spec
+x, code = torch.linspace(-3, 2, 1000), torch.linspace(-1, 1, 256)
+with polybit.backend("sycl:cpu", fallback="error"):
+    try:
+        got = torch.ops.polybit.quantize_blockwise(x, code, 64)
+        want = spec.OPS["quantize_blockwise"].reference(x, code, 64)
+        print([torch.equal(g, w) for g, w in zip(got, want, strict=True)])
+    except RuntimeError as error:
+        print(error)
+"""
+
+    def said() -> str:
+        return execute(sys.executable, "-c", code, PYTHONPATH=str(package.parent)).stdout
+
+    assert said() == "[True, True]\n"
+    made.write_bytes(b"not what DPC++ wrote")
+    assert f"quantize_blockwise_fp32: {made}: " in said()
+    made.unlink()
+    assert said() == "[True, True]\n"  # compiled now
+
+
+@pytest.mark.slow
+def test_every_kernel_is_compiled_ahead(tmp_path: Path) -> None:
+    """But those that ask for the large register file."""
+    build(require_sycl(), tmp_path, "-DPOLYBIT_SYCL_AHEAD=ON")
+    large = {entry for entry, use in ON_GPUS.items() if any(gpu["registers"] == 256 for gpu in use.values())}
+    made = {str(path.relative_to(tmp_path / "backends/sycl/sycl.9")) for path in tmp_path.rglob("*.syclbin")}
+    assert made == {f"{lanes}/{entry}.syclbin" for lanes in (8, 16) for entry in ON_GPUS if entry not in large}
+
+
 @pytest.mark.slow
 def test_the_library_of_oneapi_2025(tmp_path: Path) -> None:
     """Built against libsycl.so.8, whose DPC++ compiles the kernels of the first samples, and whose OpenCL runs them."""
-    root, off = require_sycl(FOLDER_2025), [f"-DPOLYBIT_{part}=OFF" for part in ("PYTHON", "CPU", "EMULATOR", "MPS")]
-    off += ["-DPOLYBIT_CUDA=OFF", "-DPOLYBIT_HIP=OFF"]
-    where = ("-DPOLYBIT_SYCL=ON", f"-DPOLYBIT_SYCL_ROOT={root}")
-    for command in (("-G", "Ninja", "-S", ROOT, "-B", tmp_path, *off, *where), ("--build", tmp_path)):
-        done = execute("cmake", *command, lib=root / "lib")
-        assert done.returncode == 0, done.stdout
+    root = require_sycl(FOLDER_2025)
+    build(root, tmp_path)
     (library,) = tmp_path.glob("backends/sycl/libpolybit_sycl.*.so")
     assert library.name == "libpolybit_sycl.8.so"
     assert "[libsycl.so.8]" in execute("readelf", "-d", library).stdout

@@ -1,6 +1,6 @@
-// The kernels of core/kernels as SYCL, compiled by DPC++ when they are first launched. The backend sycl is for tensors
-// of torch.xpu; sycl:cpu, sycl:cpu:8 and sycl:cpu:32 are for CPU tensors, run by Intel's OpenCL device for the CPU: for
-// tests only, and so never chosen by themselves.
+// The kernels of core/kernels as SYCL, compiled by DPC++ ahead of time or when they are first launched. The backend
+// sycl is for tensors of torch.xpu; sycl:cpu, sycl:cpu:8 and sycl:cpu:32 are for CPU tensors, run by Intel's OpenCL
+// device for the CPU: for tests only, and so never chosen by themselves.
 #include "device.h"
 #include "../../core/kernels/sycl.h"
 #include "../../core/launch/table.h"
@@ -9,7 +9,6 @@ namespace {
 
 using pb::launch::fail;
 
-// The name of the entry point of a kernel, and its type as text.
 template <class K>
 struct Entry;
 #define PB_TILES pb::SyclTiles
@@ -17,7 +16,8 @@ struct Entry;
 #define PB_ENTRY(entry, ...) \
   template <> \
   struct Entry<__VA_ARGS__> { \
-    static constexpr const char *name = #entry, *type = #__VA_ARGS__; \
+    static constexpr pb::sycl_device::Kernel kernel = {#entry, #__VA_ARGS__, sizeof(__VA_ARGS__::Local), \
+                                                       pb::IsLarge<__VA_ARGS__>::value}; \
   };
 #include "../../core/kernels/entries.def"
 
@@ -31,15 +31,13 @@ pb_status launched(pb_context *ctx, int64_t groups, const Run &run) {
   try {
     return run();
   } catch (const std::exception &error) {
-    return fail(ctx, PB_ERROR, "%s: %s", Entry<K>::name, error.what());
+    return fail(ctx, PB_ERROR, "%s: %s", Entry<K>::kernel.name, error.what());
   }
 }
 
 template <class K>
 void enqueue(sycl::queue &queue, uint32_t width, int64_t groups, uint32_t group_dim, const typename K::Args &args) {
-  pb::sycl_device::enqueue(queue,
-                           {Entry<K>::name, Entry<K>::type, width, sizeof(typename K::Local), pb::IsLarge<K>::value},
-                           {groups, group_dim, &args, sizeof args});
+  pb::sycl_device::enqueue(queue, width, Entry<K>::kernel, {groups, group_dim, &args, sizeof args});
 }
 
 // What `reason` returns or throws is why the device cannot be used; "": it can.

@@ -5,12 +5,12 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <filesystem>
 #include <map>
 #include <mutex>
 #include <stdexcept>
 #include <tuple>
 #include <unordered_map>
-#include <utility>
 
 namespace pb {
 namespace sycl_device {
@@ -18,68 +18,71 @@ namespace {
 
 namespace ex = sycl::ext::oneapi::experimental;
 
-constexpr std::pair<const char *, const char *> headers[] = {
-#include "kernels.inc"
-};
-
-// Neither contracted nor divided in a hurry, as core/simt/sycl.h asks for.
-const char *const options[] = {
-    "-ffp-contract=off",        "-foffload-fp32-prec-div", "-foffload-fp32-prec-sqrt",
-#if __LIBSYCL_MAJOR_VERSION == 8  // links the C library for devices, which Intel's wheels lack and no kernel calls
-    "-fno-sycl-device-lib=all", "-Wno-deprecated",
-#endif
-};
+template <class Function>
+std::string library_of(Function *function) {
+  Dl_info info = {};
+  return dladdr(reinterpret_cast<void *>(function), &info) && info.dli_fname ? info.dli_fname : "";
+}
 
 // Intel's wheels have the OpenCL CPU device beside libsycl, but their list of devices names a folder that is not there.
 void tell_opencl_of_the_cpu() {
-  Dl_info info = {};
-  if (!dladdr(reinterpret_cast<void *>(&sycl::platform::get_platforms), &info) || !info.dli_fname) return;
-  const std::string library = info.dli_fname;
+  const std::string library = library_of(&sycl::platform::get_platforms);
   const std::string driver = library.substr(0, library.rfind('/') + 1) + "libintelocl.so";
   if (access(driver.c_str(), R_OK) == 0) setenv("OCL_ICD_FILENAMES", driver.c_str(), 0);
 }
 
-// The matrix engine's sub-groups are as wide as a register.
-bool has_engine(const sycl::device &device, uint32_t width) {
-  return device.has(sycl::aspect::ext_intel_matrix) && (width == 8 || width == 16);
+// What was compiled ahead of time, beside this library.
+std::filesystem::path ahead_folder() {
+  return std::filesystem::path(library_of(&enqueue)).parent_path() /
+         ("sycl." + std::to_string(__LIBSYCL_MAJOR_VERSION));
 }
 
-sycl::kernel compile(const sycl::queue &queue, const Kernel &kernel) {
-  const std::string entry = std::string("PB_SYCL_ENTRY(") + kernel.name + ", " + kernel.type + ")\n";
-  ex::include_files files;
-  for (const auto &header : headers) files.add(header.first, header.second);
-  auto text = ex::create_kernel_bundle_from_source(queue.get_context(), ex::source_language::sycl,
-                                                   "#include \"kernels/sycl.h\"\n" + entry, ex::properties{files});
-  std::vector<std::string> words(std::begin(options), std::end(options));
-  words.push_back("-DPB_SUB_GROUP=" + std::to_string(kernel.width));
-  const sycl::device device = queue.get_device();
-  if (device.is_gpu()) {
-    words.push_back("-DPB_INTEL_GPU");
-    if (has_engine(device, kernel.width)) words.push_back("-DPB_XMX");
-#if __LIBSYCL_MAJOR_VERSION == 8  // does not see the entry point's property
-    if (kernel.large) words.insert(words.end(), {"-Xs", "-ze-opt-large-register-file"});
-#endif
+// The matrix engine's sub-groups are as wide as a register.
+Target target_of(const sycl::device &device, uint32_t width) {
+  const bool engine = device.is_gpu() && device.has(sycl::aspect::ext_intel_matrix) && (width == 8 || width == 16);
+  return {width, device.is_gpu(), engine};
+}
+
+sycl::kernel load(const sycl::queue &queue, const Kernel &kernel, const std::filesystem::path &path) {
+  try {
+    const auto compiled =
+        ex::get_kernel_bundle<sycl::bundle_state::object>(queue.get_context(), {queue.get_device()}, path);
+    return sycl::link(compiled).ext_oneapi_get_kernel(kernel.name);
+  } catch (const std::exception &error) {
+    throw std::runtime_error(path.string() + ": " + error.what());
   }
+}
+
+sycl::kernel compile(const sycl::queue &queue, const Kernel &kernel, const Target &target) {
+  auto text = source(queue.get_context(), kernel);
   std::string log;
   try {
-    return ex::build(text, {device}, ex::properties{ex::build_options{words}, ex::save_log{&log}})
+    return ex::build(text, {queue.get_device()},
+                     ex::properties{ex::build_options{options(kernel, target)}, ex::save_log{&log}})
         .ext_oneapi_get_kernel(kernel.name);
   } catch (const std::exception &error) {
     throw std::runtime_error(std::string(error.what()) + "\n" + log);
   }
 }
 
+sycl::kernel make(const sycl::queue &queue, const Kernel &kernel, uint32_t width) {
+  const Target target = target_of(queue.get_device(), width);
+  const std::filesystem::path path = ahead_folder() / ahead_file(kernel, width);
+  return is_compiled_ahead(kernel, target) && std::filesystem::exists(path) ? load(queue, kernel, path)
+                                                                            : compile(queue, kernel, target);
+}
+
 // Those of a process; an entry is made once, whichever thread asks first. A kernel keeps its context and device, so no
 // other one gets their hashes.
 class Kernels {
  public:
-  sycl::kernel get(const sycl::queue &queue, const Kernel &kernel) {
+  sycl::kernel get(const sycl::queue &queue, const Kernel &kernel, uint32_t width) {
     const std::lock_guard<std::mutex> lock(mutex_);
     const Key key = {std::hash<sycl::context>()(queue.get_context()), std::hash<sycl::device>()(queue.get_device()),
-                     kernel.width, kernel.name};
+                     width, kernel.name};
     const auto found = made_.find(key);
     if (found != made_.end()) return found->second;
-    return made_.emplace(key, compile(queue, kernel)).first->second;
+    return made_.emplace(key, make(queue, kernel, width)).first->second;
   }
 
  private:
@@ -131,8 +134,8 @@ std::string unfit(sycl::device device, uint32_t width) {
   return "";
 }
 
-void enqueue(sycl::queue &queue, const Kernel &kernel, const Launch &launch) {
-  const sycl::kernel compiled = kernels().get(queue, kernel);
+void enqueue(sycl::queue &queue, uint32_t width, const Kernel &kernel, const Launch &launch) {
+  const sycl::kernel compiled = kernels().get(queue, kernel, width);
   const size_t threads = launch.group_dim;
   queue.submit([&](sycl::handler &handler) {
     handler.set_arg(0, ex::raw_kernel_arg(launch.args, launch.args_bytes));

@@ -1,23 +1,12 @@
-// Devices, queues and kernels of SYCL, apart from which kernels there are: DPC++ compiles one when it is first
-// launched.
+// Devices, queues and kernels of SYCL, apart from which kernels there are. One that was not compiled ahead of time is
+// compiled by DPC++ when it is first launched.
 #ifndef PB_SYCL_DEVICE_H
 #define PB_SYCL_DEVICE_H
 
-#include <cstddef>
-#include <cstdint>
-#include <string>
-#include <sycl/sycl.hpp>
-#include <vector>
+#include "compiler.h"
 
 namespace pb {
 namespace sycl_device {
-
-struct Kernel {
-  const char *name, *type;  // of the entry point, and in C++
-  uint32_t width;           // of a sub-group
-  size_t local_bytes;
-  bool large;  // wants all registers, see core/kernels/sycl.h
-};
 
 struct Launch {
   int64_t groups;
@@ -40,8 +29,9 @@ uint32_t sub_group_size(const sycl::device &device);
 // Why a device cannot run kernels with sub-groups of `width`, or "".
 std::string unfit(sycl::device device, uint32_t width);
 
-// Enqueues; does not wait. The arguments are copied. Throws what SYCL throws, the compiler's log in it.
-void enqueue(sycl::queue &queue, const Kernel &kernel, const Launch &launch);
+// Enqueues with sub-groups of `width`; does not wait. The arguments are copied. Throws what SYCL throws, the compiler's
+// log in it.
+void enqueue(sycl::queue &queue, uint32_t width, const Kernel &kernel, const Launch &launch);
 
 }  // namespace sycl_device
 }  // namespace pb

@@ -1,5 +1,5 @@
 // What SYCL's entry points are made of: the kernels, what they multiply with, and which of them want more registers.
-// Compile for Intel's GPUs with -DPB_INTEL_GPU, and with -DPB_XMX where there are matrix engines.
+// -DPB_XMX is for GPUs with matrix engines, -DPB_LARGE_REGISTER_FILE lets kernels ask for more registers.
 #ifndef PB_KERNELS_SYCL_H
 #define PB_KERNELS_SYCL_H
 
@@ -50,7 +50,7 @@ template <bool LARGE>
 struct RegisterFile {
   typedef NoProperty Property;
 };
-#ifdef PB_INTEL_GPU  // the OpenCL device for the CPU refuses to be asked
+#ifdef PB_LARGE_REGISTER_FILE  // the OpenCL device for the CPU refuses to be asked
 template <>
 struct RegisterFile<true> {
   typedef sycl::ext::intel::experimental::grf_size_key::value_t<256> Property;
