@@ -1,4 +1,4 @@
-"""Compile SYCL for Intel's devices with the DPC++ compiler in Intel's runtime libraries.
+"""Compile SYCL for Intel's devices with Intel's compilers: DPC++, a library, and the one for GPUs, from SPIR-V.
 
 ``python tests/intel.py`` writes tests/simt/intel.json anew, to be read and committed with a change of a kernel.
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import struct
 import subprocess
 import tempfile
@@ -16,19 +15,18 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from tools import missing, require_tool
+from tools import PACKAGE, missing, require_tool
 
 from polybit.backends import list_backends
 
 ROOT = Path(__file__).parent.parent
 SOURCES = ROOT / "tests" / "simt"
+BACKEND = ROOT / "backends" / "sycl"
 FOLDER = ROOT / "build" / "sycl"  # what requirements-sycl.txt names
 FOLDER_2025 = ROOT / "build" / "sycl-2025"  # what requirements-sycl-2025.txt names
 OCLOC = ROOT / "build" / "ocloc"
-GPUS = {"pvc": 16, "dg2": 8}  # lanes of a sub-group, as the backend chooses them: what a register holds
+GPUS = {"pvc": "16-xmx", "dg2": "8-xmx"}  # and what the backend loads for them
 KERNELS = SOURCES / "intel.json"
-# Not contracted, and correctly rounded, as core/simt/sycl.h asks for.
-OPTIONS = (f"-I{ROOT}", "-ffp-contract=off", "-foffload-fp32-prec-div", "-foffload-fp32-prec-sqrt", "-Wall", "-Werror")
 
 
 def require_sycl(folder: Path = FOLDER) -> Path:
@@ -45,12 +43,21 @@ def require_backend() -> None:
         missing("this polybit was built without sycl:cpu: install it again now that build/sycl is there")
 
 
-def build_program(name: str, folder: Path, *options: str) -> Path:
-    """The program of tests/simt/<name>.cpp, by the host's compiler."""
-    root, program = require_sycl(), folder / name
+def build_program(folder: Path, *sources: Path, options: tuple[str, ...] = ()) -> Path:
+    """A program that uses libsycl, by the host's compiler. It has the name of the first source."""
+    root, program = require_sycl(), folder / sources[0].stem
     flags = ("-std=c++17", "-Wall", "-Wextra", "-Werror", "-DSYCL_DISABLE_FSYCL_SYCLHPP_WARNING", *options)
-    where = ("-isystem", root / "include", "-L", root / "lib", f"-Wl,-rpath,{root / 'lib'}")
-    done = execute(require_tool("g++", "c++"), *flags, SOURCES / f"{name}.cpp", *where, "-lsycl", "-ldl", "-o", program)
+    where = (
+        "-isystem",
+        root / "include",
+        "-L",
+        root / "lib",
+        f"-Wl,-rpath,{root / 'lib'}",
+        "-lsycl",
+        "-lOpenCL",
+        "-ldl",
+    )
+    done = execute(require_tool("g++", "c++"), *flags, *sources, *where, "-o", program)
     assert done.returncode == 0, done.stdout
     return program
 
@@ -73,11 +80,6 @@ def execute(
     )
 
 
-def compile_sycl(program: Path, source: Path, sub_group: int, *options: str) -> subprocess.CompletedProcess[str]:
-    """Compile every entry point of a source file to SPIR-V."""
-    return execute(program, source, *OPTIONS, f"-DPB_SUB_GROUP={sub_group}", *options)
-
-
 def require_ocloc() -> Path:
     """The folder with usr/bin/ocloc."""
     if not (OCLOC / "usr/bin/ocloc").exists():
@@ -85,37 +87,25 @@ def require_ocloc() -> Path:
     return OCLOC
 
 
-def entries() -> dict[str, str]:
-    """The type of every kernel of core/kernels/entries.def, by the name of its entry point."""
-    macros = ("-DPB_ENTRY(name, ...)=@name|__VA_ARGS__@", "-DPB_TILES=pb::SyclTiles", "-DPB_WIDE_TILES")
-    source = ROOT / "core" / "kernels" / "entries.def"
-    done = execute(require_tool("g++", "c++"), "-E", "-P", "-x", "c++", *macros, source)
+def driver_options(folder: Path) -> dict[str, str]:
+    """What the backend tells a GPU's driver of every kernel, by the name of its entry point."""
+    program = build_program(folder, SOURCES / "sycl_entries.cpp", BACKEND / "device.cpp")
+    done = execute(program)
     assert done.returncode == 0, done.stdout
-    return dict(re.findall(r"@\s*(\w+)\s*\|\s*(.*?)\s*@", done.stdout))
+    rows = [line.partition(" ") for line in done.stdout.splitlines()]
+    return {entry: options for entry, _, options in rows}
 
 
-def to_spirv(program: Path, entry: str, type: str, folder: Path, device: str) -> tuple[Path, str]:
-    """SPIR-V of one kernel for a GPU, in a module of its own as the backend compiles it, and the options that libsycl
-    hands to the device's compiler."""
-    folder = Path(tempfile.mkdtemp(dir=folder))
-    source = folder / "kernel.cpp"
-    source.write_text(f'#include "core/kernels/sycl.h"\nPB_SYCL_ENTRY({entry}, {type})\n')
-    command = (program, source, *OPTIONS, f"-DPB_SUB_GROUP={GPUS[device]}", "-DPB_LARGE_REGISTER_FILE", "-DPB_XMX")
-    done = execute(*command, cwd=folder, SYCL_DUMP_IMAGES="1", SYCL_UR_TRACE="2")
-    options = set(re.findall(r"<--- urProgramCompile\(.*\.pOptions = \w+ \((.*?)\)\)", done.stdout))
-    said = re.sub(r"^ *(--->|<---) ur.*\n", "", done.stdout, flags=re.MULTILINE)
-    assert len(options) == 1, said
-    (given,) = options
-    # The CPU, which is the device here, refuses what it does not know: after that has been written.
-    assert done.returncode == 0 or f"Unrecognized build options: {given}" in said, said
-    (made,) = [path for path in folder.glob("sycl_spir64*.spv") if b"__sycl_kernel" in path.read_bytes()]
-    return made, given  # the other file has no entry point
+def spirv_of(entry: str, target: str) -> Path:
+    """The module that the backend loads."""
+    (path,) = PACKAGE.glob(f"lib/sycl.9/{target}/__sycl_kernel_{entry}.spv")
+    return path
 
 
-def lower(spirv: Path, options: str, device: str) -> tuple[dict[str, Any], str]:
+def lower(spirv: Path, options: str, device: str, folder: Path) -> tuple[dict[str, Any], str]:
     """What Intel's compiler notes of the only kernel in a module, and its assembly, on one of its GPUs."""
-    root, out = require_ocloc(), spirv.with_suffix(f".{device}")
-    dump = out.with_name(f"assembly.{device}")
+    root, out = require_ocloc(), folder / f"{spirv.stem}.{device}"
+    dump = out.with_name(f"{out.name}.assembly")
     where = ("-output", out.name, "-out_dir", out.parent, "-output_no_suffix")
     command = (root / "usr/bin/ocloc", "compile", "-spirv_input", "-file", spirv, "-device", device, *where)
     keep = {"IGC_ShaderDumpEnable": "1", "IGC_DumpToCustomDir": str(dump)}
@@ -145,14 +135,13 @@ def section(elf: bytes, name: str) -> Any:
 
 def main() -> None:
     """Write what tests/test_sycl.py compares with."""
-    kernels = entries()
     with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor(os.cpu_count()) as pool:
         folder = Path(name)
-        program = build_program("sycl_compile", folder)
+        kernels = driver_options(folder)
 
         def use_on_gpus(entry: str) -> dict[str, dict[str, int]]:
-            made = {device: to_spirv(program, entry, kernels[entry], folder, device) for device in GPUS}
-            return {device: use_of(lower(*made[device], device)[0]) for device in GPUS}
+            made = {device: lower(spirv_of(entry, GPUS[device]), kernels[entry], device, folder) for device in GPUS}
+            return {device: use_of(kernel) for device, (kernel, _) in made.items()}
 
         table = dict(zip(kernels, pool.map(use_on_gpus, kernels), strict=True))
     rows = ",\n".join(f"  {json.dumps(entry)}: {json.dumps(use)}" for entry, use in table.items())

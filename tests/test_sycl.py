@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,23 +16,23 @@ from types import SimpleNamespace
 import pytest
 import torch
 from intel import (
+    BACKEND,
     FOLDER_2025,
     GPUS,
     KERNELS,
     ROOT,
     SOURCES,
     build_program,
-    compile_sycl,
-    entries,
+    driver_options,
     execute,
     lower,
     require_backend,
     require_ocloc,
     require_sycl,
-    to_spirv,
+    spirv_of,
     use_of,
 )
-from tools import INCLUDE, PACKAGE, run_python
+from tools import INCLUDE, LIB, PACKAGE, run_python
 
 import polybit
 from polybit import ops, spec
@@ -42,31 +43,55 @@ from polybit.testing import check
 # What every kernel takes on each GPU by Debian 12's IGC (1.0.12504): registers, and bytes of memory where it spills.
 ON_GPUS: dict[str, dict[str, dict[str, int]]] = json.loads(KERNELS.read_text())
 BACKENDS = ("sycl:cpu", "sycl:cpu:8", "sycl:cpu:32")
-# An op of each header of core/kernels; every kernel takes more than a second to compile.
+TARGETS = ("8", "16", "32", "8-xmx", "16-xmx")  # lanes of a sub-group, with or without Intel's matrix engine
+# An op of each header of core/kernels; every kernel takes OpenCL's compiler for the CPU a second.
 SHARE = ("gather_int8", "quantize_absmax", "dequantize_kbit", "matmul_kbit", "linear_int8", "optimizer_8bit")
 
 
 @pytest.fixture(scope="module")
 def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build_program("sycl_compile", tmp_path_factory.mktemp("sycl"))
+    """What compiles the kernels when polybit is built."""
+    return build_program(tmp_path_factory.mktemp("sycl"), BACKEND / "compile.cpp", BACKEND / "device.cpp")
+
+
+def compile_sycl(program: Path, source: Path, folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    return execute(program, source, folder, f"-I{ROOT}", "-Wall", "-Werror", *options)
+
+
+def modules(folder: Path) -> list[str]:
+    """The entry points that have one."""
+    return sorted(path.name.removeprefix("__sycl_kernel_").removesuffix(".spv") for path in folder.iterdir())
+
+
+def assert_complete(folder: Path) -> None:
+    """Of every kernel, for every target."""
+    assert {path.name for path in folder.iterdir()} == set(TARGETS)
+    assert all(modules(path) == sorted(ON_GPUS) for path in folder.iterdir())
 
 
 # What differs by the size of a sub-group is one constant.
-@pytest.mark.parametrize("sub_group", [16, *(pytest.param(size, marks=pytest.mark.slow) for size in (8, 32, 64))])
-def test_every_kernel_compiles_without_a_warning(program: Path, sub_group: int) -> None:
-    done = compile_sycl(program, SOURCES / "kernels.sycl.cpp", sub_group)
+@pytest.mark.parametrize("lanes", [16, *(pytest.param(lanes, marks=pytest.mark.slow) for lanes in (8, 32, 64))])
+def test_every_kernel_compiles_without_a_warning(program: Path, tmp_path: Path, lanes: int) -> None:
+    engine = ("-DPB_XMX",) if lanes < 32 else ()
+    done = compile_sycl(program, BACKEND / "kernels.cpp", tmp_path, f"-DPB_SUB_GROUP={lanes}", *engine)
     assert (done.returncode, done.stdout) == (0, "")
+    assert modules(tmp_path) == sorted(ON_GPUS)
 
 
 def test_an_error_is_reported_with_its_place(program: Path, tmp_path: Path) -> None:
     source = tmp_path / "broken.cpp"
     text = '#include "core/simt/sycl.h"\nPB_FN float broken(PB_GLOBAL const pb::u32 *p) { return pb::load16(p); }\n'
     source.write_text(text)
-    done = compile_sycl(program, source, 16)
-    assert done.returncode == 1
+    done = compile_sycl(program, source, tmp_path / "none")
+    assert done.returncode == 1 and not (tmp_path / "none").exists()
     assert ":2:" in done.stdout and "error: no viable conversion from returned value of type 'U4'" in done.stdout
-    narrow = compile_sycl(program, source, 4)
+    narrow = compile_sycl(program, source, tmp_path / "none", "-DPB_SUB_GROUP=4")
     assert narrow.returncode == 1 and "the kernels are for waves of 8, 16, 32, 64" in narrow.stdout
+
+
+def test_every_kernel_is_installed_for_every_target() -> None:
+    require_backend()
+    assert_complete(LIB / "sycl.9")
 
 
 LOWERED = (
@@ -86,24 +111,43 @@ def engine_operands(entry: str) -> set[str]:
     return {"b", ENGINE_OPERANDS[dtype]} if kernel == "matmul_linear_int8" else {ENGINE_OPERANDS[dtype]}
 
 
-def test_every_kernel_is_listed_for_intel_s_compiler() -> None:
-    assert list(ON_GPUS) == list(entries())
+@pytest.fixture(scope="module")
+def options(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    return driver_options(tmp_path_factory.mktemp("options"))
+
+
+def test_every_kernel_is_listed_for_intel_s_compiler(options: dict[str, str]) -> None:
+    assert list(ON_GPUS) == list(options)
 
 
 @pytest.mark.parametrize(
     "entry", [pytest.param(name, marks=() if name in LOWERED else pytest.mark.slow) for name in ON_GPUS]
 )
-def test_intel_s_compiler_lowers_a_kernel(program: Path, tmp_path: Path, entry: str) -> None:
-    """Each in a module of its own, as at run time, with the options that libsycl gives. Nothing is run."""
+def test_intel_s_compiler_lowers_a_kernel(options: dict[str, str], tmp_path: Path, entry: str) -> None:
+    """The installed module, with the options that the backend gives. Nothing is run."""
     require_ocloc()
-    for device, lanes in GPUS.items():
-        spirv, options = to_spirv(program, entry, entries()[entry], tmp_path, device)
-        kernel, assembly = lower(spirv, options, device)
+    for device, target in GPUS.items():
+        lanes = target.removesuffix("-xmx")
+        kernel, assembly = lower(spirv_of(entry, target), options[entry], device, tmp_path)
         assert kernel["name"] == f"__sycl_kernel_{entry}"
-        assert kernel["execution_env"]["simd_size"] == lanes
+        assert kernel["execution_env"]["simd_size"] == int(lanes)
         assert use_of(kernel) == ON_GPUS[entry][device], f"{device}: python tests/intel.py writes the table"
         multiplied = re.findall(r"dpas\.8x8 \((\d+)\|.*:(hf|bf|b) ", assembly)
-        assert set(multiplied) == {(str(lanes), operand) for operand in engine_operands(entry)}
+        assert set(multiplied) == {(lanes, operand) for operand in engine_operands(entry)}
+
+
+def test_divides_and_roots_are_correctly_rounded(options: dict[str, str], tmp_path: Path) -> None:
+    """By pvc's instructions for that, and on dg2 by steps that correct an inverse root; not by default."""
+    require_ocloc()
+    entry = "optimizer_8bit_adam"
+
+    def functions(device: str, options: str) -> set[str]:
+        _, assembly = lower(spirv_of(entry, GPUS[device]), options, device, tmp_path)
+        return set(re.findall(r"math\.(\w+)", assembly))
+
+    assert functions("pvc", options[entry]) == {"invm", "rsqtm"}
+    assert functions("dg2", options[entry]) == {"inv", "rsqt"}
+    assert functions("pvc", "") == functions("dg2", "") == {"inv", "sqt"}
 
 
 def test_no_kernel_needs_memory_beyond_the_registers() -> None:
@@ -120,28 +164,11 @@ def test_the_first_samples(op: str) -> None:
     result.raise_failures()
 
 
-def build(root: Path, folder: Path, *options: str, target: str = "all") -> None:
-    """The SYCL backend alone, by CMake against the libsycl of `root`."""
-    off = [f"-DPOLYBIT_{part}=OFF" for part in ("PYTHON", "CPU", "CUDA", "HIP", "MPS", "EMULATOR")]
-    where = ("-DPOLYBIT_SYCL=ON", f"-DPOLYBIT_SYCL_ROOT={root}", *options)
-    for command in (("-G", "Ninja", "-S", ROOT, "-B", folder, *off, *where), ("--build", folder, "--target", target)):
-        done = execute("cmake", *command, lib=root / "lib")
-        assert done.returncode == 0, done.stdout
-
-
-def test_a_kernel_compiled_ahead_is_loaded(tmp_path: Path) -> None:
+def test_a_launch_needs_the_module_and_no_dpcpp(tmp_path: Path) -> None:
     require_backend()
-    build(require_sycl(), tmp_path, target="polybit_sycl_ahead")
-    package = tmp_path / "python" / "polybit"
+    package = tmp_path / "polybit"
     shutil.copytree(PACKAGE, package)
-    ahead = package / "lib" / "sycl.9"
-    shutil.rmtree(ahead, ignore_errors=True)
-    program = tmp_path / "backends" / "sycl" / "polybit_sycl_ahead"
-    done = execute(program, ahead, "16", "quantize_blockwise_fp32", "matmul_linear_int8_fp32", "quantize_blockwise")
-    assert (done.returncode, done.stdout) == (1, "polybit_sycl_ahead: no kernel is called quantize_blockwise\n")
-    (made,) = ahead.rglob("*.*")  # the other one is large
-    assert made == ahead / "16" / "quantize_blockwise_fp32.syclbin"
-
+    module = package / "lib" / "sycl.9" / "16" / "__sycl_kernel_quantize_blockwise_fp32.spv"
     code = """
 import torch, polybit
 from polybit import spec
@@ -151,41 +178,41 @@ with polybit.backend("sycl:cpu", fallback="error"):
         got = torch.ops.polybit.quantize_blockwise(x, code, 64)
         want = spec.OPS["quantize_blockwise"].reference(x, code, 64)
         print([torch.equal(g, w) for g, w in zip(got, want, strict=True)])
+        print("libsycl-jit" in open("/proc/self/maps").read())
     except RuntimeError as error:
         print(error)
 """
 
     def said() -> str:
-        return execute(sys.executable, "-c", code, PYTHONPATH=str(package.parent)).stdout
+        return execute(sys.executable, "-c", code, PYTHONPATH=str(tmp_path)).stdout
 
-    assert said() == "[True, True]\n"
-    made.write_bytes(b"not what DPC++ wrote")
-    assert f"quantize_blockwise_fp32: {made}: " in said()
-    made.unlink()
-    assert said() == "[True, True]\n"  # compiled now
-
-
-@pytest.mark.slow
-def test_every_kernel_is_compiled_ahead(tmp_path: Path) -> None:
-    """But those that ask for the large register file."""
-    build(require_sycl(), tmp_path, "-DPOLYBIT_SYCL_AHEAD=ON")
-    large = {entry for entry, use in ON_GPUS.items() if any(gpu["registers"] == 256 for gpu in use.values())}
-    made = {str(path.relative_to(tmp_path / "backends/sycl/sycl.9")) for path in tmp_path.rglob("*.syclbin")}
-    assert made == {f"{lanes}/{entry}.syclbin" for lanes in (8, 16) for entry in ON_GPUS if entry not in large}
+    assert said() == "[True, True]\nFalse\n"
+    module.write_bytes(b"not SPIR-V")
+    assert f"quantize_blockwise_fp32: {module}: " in said()
+    module.unlink()
+    assert re.search(rf"quantize_blockwise_fp32: .*No such file or directory \[{module}\]", said())
 
 
 @pytest.mark.slow
 def test_the_library_of_oneapi_2025(tmp_path: Path) -> None:
-    """Built against libsycl.so.8, whose DPC++ compiles the kernels of the first samples, and whose OpenCL runs them."""
+    """Built against libsycl.so.8, whose DPC++ compiles the kernels, and whose OpenCL runs a sample of each header."""
     root = require_sycl(FOLDER_2025)
-    build(root, tmp_path)
-    (library,) = tmp_path.glob("backends/sycl/libpolybit_sycl.*.so")
+    off = [f"-DPOLYBIT_{part}=OFF" for part in ("PYTHON", "CPU", "CUDA", "HIP", "MPS", "EMULATOR")]
+    build, package = tmp_path / "build", tmp_path / "polybit"
+    for command in (
+        ("-G", "Ninja", "-S", ROOT, "-B", build, *off, "-DPOLYBIT_SYCL=ON", f"-DPOLYBIT_SYCL_ROOT={root}"),
+        ("--build", build),
+        ("--install", build, "--prefix", tmp_path),
+    ):
+        done = execute("cmake", *command, lib=root / "lib")
+        assert done.returncode == 0, done.stdout
+    (library,) = package.glob("lib/libpolybit_sycl.*.so")
     assert library.name == "libpolybit_sycl.8.so"
     assert "[libsycl.so.8]" in execute("readelf", "-d", library).stdout
+    assert_complete(package / "lib" / "sycl.8")
 
-    package = tmp_path / "python" / "polybit"
-    shutil.copytree(PACKAGE, package, ignore=shutil.ignore_patterns("libpolybit_sycl.*"))
-    shutil.copy(library, package / "lib")
+    without = shutil.ignore_patterns("libpolybit_sycl.*", "sycl.*")
+    shutil.copytree(PACKAGE, package, ignore=without, dirs_exist_ok=True)
     code = f"""
 from pathlib import Path
 import polybit
@@ -195,10 +222,11 @@ for op in {SHARE}:
     result = check(op, "sycl:cpu", limit=1)
     result.raise_failures()
     print(op, result.kind, result.samples, result.unsupported)
-print("libsycl.so.8" in Path("/proc/self/maps").read_text())
+maps = Path("/proc/self/maps").read_text()
+print("libsycl.so.8" in maps, "libsycl-jit" in maps)
 """
-    done = execute(sys.executable, "-c", code, lib=root / "lib", PYTHONPATH=str(package.parent))
-    assert done.stdout.splitlines() == [*(f"{op} native 1 0" for op in SHARE), "True"], done.stdout
+    done = execute(sys.executable, "-c", code, lib=root / "lib", PYTHONPATH=str(tmp_path))
+    assert done.stdout.splitlines() == [*(f"{op} native 1 0" for op in SHARE), "True False"], done.stdout
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -227,20 +255,6 @@ def test_it_is_chosen_by_its_full_name_only() -> None:
         polybit.backend("sycl").__enter__()
 
 
-def test_a_compiler_that_fails_is_an_error_of_the_op() -> None:
-    require_backend()
-    code = """
-import torch, polybit
-with polybit.backend("sycl:cpu", fallback="error"):
-    try:
-        torch.ops.polybit.quantize_blockwise(torch.ones(64), torch.linspace(-1, 1, 256), 64)
-    except RuntimeError as error:
-        print(type(error).__name__, error)
-"""
-    said = run_python(code, SYCL_PROGRAM_COMPILE_OPTIONS="-no-such-option").stdout
-    assert "quantize_blockwise_fp32: " in said and "no-such-option" in said, said
-
-
 def test_without_an_opencl_device_the_probe_says_so() -> None:
     require_backend()
     code = """
@@ -258,7 +272,7 @@ def test_torch_s_queue_is_used_and_not_waited_for(tmp_path: Path) -> None:
     """The backend sycl on USM memory and an in-order queue from outside, of the CPU as an OpenCL device: no GPU."""
     require_backend()
     (library,) = [info.origin for info in list_backends() if info.name == "sycl"]
-    done = execute(build_program("sycl_queue", tmp_path, f"-I{INCLUDE}"), library)
+    done = execute(build_program(tmp_path, SOURCES / "sycl_queue.cpp", options=(f"-I{INCLUDE}",)), library)
     assert (done.returncode, done.stdout) == (0, "0 wrong\n")
 
 

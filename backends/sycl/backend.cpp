@@ -1,5 +1,5 @@
-// The kernels of core/kernels as SYCL, compiled by DPC++ ahead of time or when they are first launched. The backend
-// sycl is for tensors of torch.xpu; sycl:cpu, sycl:cpu:8 and sycl:cpu:32 are for CPU tensors, run by Intel's OpenCL
+// The kernels of core/kernels as SYCL, compiled to SPIR-V by DPC++ when polybit is built. The backend sycl is for
+// tensors of torch.xpu; sycl:cpu, sycl:cpu:8 and sycl:cpu:32 are for CPU tensors, run by Intel's OpenCL
 // device for the CPU: for tests only, and so never chosen by themselves.
 #include "device.h"
 #include "../../core/kernels/sycl.h"
@@ -16,7 +16,7 @@ struct Entry;
 #define PB_ENTRY(entry, ...) \
   template <> \
   struct Entry<__VA_ARGS__> { \
-    static constexpr pb::sycl_device::Kernel kernel = {#entry, #__VA_ARGS__, sizeof(__VA_ARGS__::Local), \
+    static constexpr pb::sycl_device::Kernel kernel = {#entry, sizeof(__VA_ARGS__::Local), \
                                                        pb::IsLarge<__VA_ARGS__>::value}; \
   };
 #include "../../core/kernels/entries.def"

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cstdlib>
 #include <filesystem>
+#include <fstream>
 #include <map>
 #include <mutex>
 #include <stdexcept>
@@ -17,6 +18,7 @@ namespace sycl_device {
 namespace {
 
 namespace ex = sycl::ext::oneapi::experimental;
+namespace fs = std::filesystem;
 
 template <class Function>
 std::string library_of(Function *function) {
@@ -31,45 +33,36 @@ void tell_opencl_of_the_cpu() {
   if (access(driver.c_str(), R_OK) == 0) setenv("OCL_ICD_FILENAMES", driver.c_str(), 0);
 }
 
-// What was compiled ahead of time, beside this library.
-std::filesystem::path ahead_folder() {
-  return std::filesystem::path(library_of(&enqueue)).parent_path() /
-         ("sycl." + std::to_string(__LIBSYCL_MAJOR_VERSION));
-}
-
-// The matrix engine's sub-groups are as wide as a register.
-Target target_of(const sycl::device &device, uint32_t width) {
+// A module of SPIR-V for each kernel, which DPC++ made when polybit was built (compile.cpp), beside this library. The
+// matrix engine's sub-groups are as wide as a register.
+fs::path folder_of(const sycl::device &device, uint32_t width) {
   const bool engine = device.is_gpu() && device.has(sycl::aspect::ext_intel_matrix) && (width == 8 || width == 16);
-  return {width, device.is_gpu(), engine};
+  const std::string folder = "sycl." + std::to_string(__LIBSYCL_MAJOR_VERSION);
+  return fs::path(library_of(&enqueue)).parent_path() / folder / (std::to_string(width) + (engine ? "-xmx" : ""));
 }
 
-sycl::kernel load(const sycl::queue &queue, const Kernel &kernel, const std::filesystem::path &path) {
-  try {
-    const auto compiled =
-        ex::get_kernel_bundle<sycl::bundle_state::object>(queue.get_context(), {queue.get_device()}, path);
-    return sycl::link(compiled).ext_oneapi_get_kernel(kernel.name);
-  } catch (const std::exception &error) {
-    throw std::runtime_error(path.string() + ": " + error.what());
-  }
-}
-
-sycl::kernel compile(const sycl::queue &queue, const Kernel &kernel, const Target &target) {
-  auto text = source(queue.get_context(), kernel);
-  std::string log;
-  try {
-    return ex::build(text, {queue.get_device()},
-                     ex::properties{ex::build_options{options(kernel, target)}, ex::save_log{&log}})
-        .ext_oneapi_get_kernel(kernel.name);
-  } catch (const std::exception &error) {
-    throw std::runtime_error(std::string(error.what()) + "\n" + log);
-  }
+std::vector<std::byte> read(const fs::path &path) {
+  std::vector<std::byte> bytes(fs::file_size(path));
+  std::ifstream file(path, std::ios::binary);
+  file.read(reinterpret_cast<char *>(bytes.data()), static_cast<std::streamsize>(bytes.size()));
+  if (!file) throw std::runtime_error("cannot read " + path.string());
+  return bytes;
 }
 
 sycl::kernel make(const sycl::queue &queue, const Kernel &kernel, uint32_t width) {
-  const Target target = target_of(queue.get_device(), width);
-  const std::filesystem::path path = ahead_folder() / ahead_file(kernel, width);
-  return is_compiled_ahead(kernel, target) && std::filesystem::exists(path) ? load(queue, kernel, path)
-                                                                            : compile(queue, kernel, target);
+  const sycl::device device = queue.get_device();
+  const std::string name = std::string("__sycl_kernel_") + kernel.name;  // as DPC++ calls it
+  const fs::path path = folder_of(device, width) / (name + ".spv");
+  const std::vector<std::byte> spirv = read(path);
+  const std::vector<std::string> options = device.is_gpu() ? gpu_options(kernel) : std::vector<std::string>();
+  std::string log;
+  try {
+    auto module = ex::create_kernel_bundle_from_source(queue.get_context(), ex::source_language::spirv, spirv);
+    return ex::build(module, {device}, ex::properties{ex::build_options{options}, ex::save_log{&log}})
+        .ext_oneapi_get_kernel(name);
+  } catch (const std::exception &error) {
+    throw std::runtime_error(path.string() + ": " + error.what() + "\n" + log);
+  }
 }
 
 // Those of a process; an entry is made once, whichever thread asks first. A kernel keeps its context and device, so no
@@ -130,8 +123,14 @@ std::string unfit(sycl::device device, uint32_t width) {
   const auto widths = device.get_info<sycl::info::device::sub_group_sizes>();
   if (std::find(widths.begin(), widths.end(), width) == widths.end())
     return "no sub-groups of " + std::to_string(width);
-  if (!device.ext_oneapi_can_compile(ex::source_language::sycl)) return "no DPC++ in libsycl to compile kernels";
+  if (!device.ext_oneapi_can_build(ex::source_language::spirv)) return "libsycl takes no SPIR-V for it";
   return "";
+}
+
+std::vector<std::string> gpu_options(const Kernel &kernel) {
+  std::vector<std::string> options = {"-ze-fp32-correctly-rounded-divide-sqrt"};
+  if (kernel.large) options.push_back("-ze-opt-large-register-file");
+  return options;
 }
 
 void enqueue(sycl::queue &queue, uint32_t width, const Kernel &kernel, const Launch &launch) {
@@ -139,7 +138,8 @@ void enqueue(sycl::queue &queue, uint32_t width, const Kernel &kernel, const Lau
   const size_t threads = launch.group_dim;
   queue.submit([&](sycl::handler &handler) {
     handler.set_arg(0, ex::raw_kernel_arg(launch.args, launch.args_bytes));
-    handler.set_arg(1, sycl::local_accessor<char, 1>(kernel.local_bytes, handler));
+    ex::work_group_memory<char[]> local(kernel.local_bytes, handler);
+    handler.set_arg(1, local);
     handler.parallel_for(sycl::nd_range<1>(static_cast<size_t>(launch.groups) * threads, threads), compiled);
   });
 }

@@ -1,12 +1,21 @@
-// Devices, queues and kernels of SYCL, apart from which kernels there are. One that was not compiled ahead of time is
-// compiled by DPC++ when it is first launched.
+// Devices, queues and kernels of SYCL, apart from which kernels there are.
 #ifndef PB_SYCL_DEVICE_H
 #define PB_SYCL_DEVICE_H
 
-#include "compiler.h"
+#include <cstddef>
+#include <cstdint>
+#include <string>
+#include <sycl/sycl.hpp>
+#include <vector>
 
 namespace pb {
 namespace sycl_device {
+
+struct Kernel {
+  const char *name;  // of the entry point
+  size_t local_bytes;
+  bool large;  // wants all registers, see core/kernels/sycl.h
+};
 
 struct Launch {
   int64_t groups;
@@ -29,8 +38,12 @@ uint32_t sub_group_size(const sycl::device &device);
 // Why a device cannot run kernels with sub-groups of `width`, or "".
 std::string unfit(sycl::device device, uint32_t width);
 
-// Enqueues with sub-groups of `width`; does not wait. The arguments are copied. Throws what SYCL throws, the compiler's
-// log in it.
+// What the driver of a GPU is told of a kernel: its divides and roots are not correctly rounded unless it is asked for
+// that. A CPU's are.
+std::vector<std::string> gpu_options(const Kernel &kernel);
+
+// Enqueues with sub-groups of `width`; does not wait. The arguments are copied. The device's driver compiles a kernel
+// when it is first launched in a process. Throws what SYCL throws, and the driver's log in it.
 void enqueue(sycl::queue &queue, uint32_t width, const Kernel &kernel, const Launch &launch);
 
 }  // namespace sycl_device

@@ -1,5 +1,5 @@
 // What SYCL's entry points are made of: the kernels, what they multiply with, and which of them want more registers.
-// -DPB_XMX is for GPUs with matrix engines, -DPB_LARGE_REGISTER_FILE lets kernels ask for more registers.
+// -DPB_XMX is for GPUs with matrix engines.
 #ifndef PB_KERNELS_SYCL_H
 #define PB_KERNELS_SYCL_H
 
@@ -45,24 +45,12 @@ struct IsLarge<Gemm<SyclTile<Word>, A, ScaledBytes, true, Finish>> {
   enum : bool { value = true };
 };
 
-struct NoProperty {};
-template <bool LARGE>
-struct RegisterFile {
-  typedef NoProperty Property;
-};
-#ifdef PB_LARGE_REGISTER_FILE  // the OpenCL device for the CPU refuses to be asked
-template <>
-struct RegisterFile<true> {
-  typedef sycl::ext::intel::experimental::grf_size_key::value_t<256> Property;
-};
-#endif
-
 }  // namespace pb
 
-// An entry point of a kernel: a free function, because run-time compilation finds no other. Its parameters are the
-// kernel's arguments, by value, and an accessor to one Local; each in a type that can be declared by its name alone,
-// which DPC++ wants of them. Always inlined: the kernel that DPC++ makes would call it, and Intel's GPUs call through a
-// stack in memory, with a copy of the arguments there.
+// An entry point of a kernel: a free function, because compilation by libsycl finds no other. Its parameters are the
+// kernel's arguments, by value, and a Local in the memory of a group; each in a type that can be declared by its name
+// alone, which DPC++ wants of them. Always inlined: the kernel that DPC++ makes would call it, and Intel's GPUs call
+// through a stack in memory, with a copy of the arguments there.
 #define PB_SYCL_PROPERTY(property) SYCL_EXT_ONEAPI_FUNCTION_PROPERTY((property))
 #define PB_SYCL_ENTRY(name, ...) \
   typedef __VA_ARGS__ name##_kernel; \
@@ -74,10 +62,9 @@ struct RegisterFile<true> {
   }; \
   extern "C" __attribute__((always_inline)) SYCL_EXTERNAL PB_SYCL_PROPERTY( \
       sycl::ext::oneapi::experimental::nd_range_kernel<1>) \
-      PB_SYCL_PROPERTY(sycl::ext::oneapi::experimental::sub_group_size<PB_SUB_GROUP>) \
-          PB_SYCL_PROPERTY(pb::RegisterFile<pb::IsLarge<name##_kernel>::value>::Property()) void name( \
-              name##_args a, sycl::local_accessor<name##_local, 1> l) { \
-    name##_kernel::run(pb::Wave{sycl::ext::oneapi::this_work_item::get_nd_item<1>()}, &l[0].local, a.args); \
+      PB_SYCL_PROPERTY(sycl::ext::oneapi::experimental::sub_group_size<PB_SUB_GROUP>) void name( \
+          name##_args a, sycl::ext::oneapi::experimental::work_group_memory<name##_local> l) { \
+    name##_kernel::run(pb::Wave{sycl::ext::oneapi::this_work_item::get_nd_item<1>()}, &(&l)->local, a.args); \
   }
 
 #endif

@@ -6,10 +6,9 @@
 #include <stdint.h>
 
 #ifdef __SYCL_DEVICE_ONLY__  // all that kernels need; the whole of SYCL takes twice as long to compile
-#include <sycl/accessor.hpp>
 #include <sycl/bit_cast.hpp>
 #include <sycl/builtins.hpp>
-#include <sycl/ext/intel/experimental/grf_size_properties.hpp>
+#include <sycl/ext/oneapi/experimental/work_group_memory.hpp>
 #include <sycl/ext/oneapi/free_function_queries.hpp>
 #include <sycl/ext/oneapi/kernel_properties/properties.hpp>
 #include <sycl/group_algorithm.hpp>

@@ -1,7 +1,0 @@
-// The entry points of a SYCL backend: text that tests/simt/sycl_compile.cpp compiles at run time.
-#include "core/kernels/sycl.h"
-
-#define PB_TILES pb::SyclTiles
-#define PB_WIDE_TILES
-#define PB_ENTRY PB_SYCL_ENTRY
-#include "core/kernels/entries.def"
