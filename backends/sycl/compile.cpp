@@ -15,10 +15,14 @@ namespace fs = std::filesystem;
 typedef std::vector<uint32_t> Spirv;
 
 const char *const always[] = {
-    "-ffp-contract=off",        "-foffload-fp32-prec-div",
-    "-foffload-fp32-prec-sqrt", "-fsycl-device-code-split=per_kernel",
+    "-ffp-contract=off",
+    "-foffload-fp32-prec-div",
+    "-foffload-fp32-prec-sqrt",
+    "-fsycl-device-code-split=per_kernel",
+    "-fno-sycl-dead-args-optimization",  // SPIR-V alone does not say which arguments are left
 #if __LIBSYCL_MAJOR_VERSION == 8  // links the C library for devices, which Intel's wheels lack and no kernel calls
-    "-fno-sycl-device-lib=all", "-Wno-deprecated",
+    "-fno-sycl-device-lib=all",
+    "-Wno-deprecated",
 #endif
 };
 
