@@ -50,7 +50,7 @@ typedef int64_t i64;
 
 PB_FN float as_float(u32 bits) { return sycl::bit_cast<float>(bits); }
 PB_FN u32 as_u32(float x) { return sycl::bit_cast<u32>(x); }
-PB_FN float div_rn(float a, float b) { return a / b; }  // with -foffload-fp32-prec-div
+PB_FN float div_rn(float a, float b) { return a / b; }  // with -foffload-fp32-prec-div, and asked of a GPU's driver
 PB_FN float sqrt_rn(float a) { return sycl::sqrt(a); }  // with -foffload-fp32-prec-sqrt
 PB_FN float fma_rn(float a, float b, float c) { return sycl::fma(a, b, c); }
 PB_FN i32 round_rn(float x) { return i32(sycl::rint(x)); }
