@@ -238,6 +238,7 @@ def linear_samples(device: torch.device | str) -> Iterator[Sample]:
                 limits = tolerance(dtype, 4 * k)
                 yield Sample(case, (x.to(dtype).to(device), weight, absmax, bias, threshold, 0), **limits)
                 if threshold and m > 1:
+                    x = x.clone()
                     x[m // 2] *= 4  # a row with outliers that the others do not have
                     args = (x.to(dtype).to(device), weight, absmax, bias, threshold, 1)
                     yield Sample(f"{case}-by-row", args, **limits)

@@ -401,7 +401,7 @@ def cases(device: torch.device | str) -> Iterator[tuple[str, str, list[Tensor], 
         grad[3], grad[300], grad[301] = float("nan"), float("inf"), -float("inf")
         grad[400:] *= torch.logspace(-30, 0, 300)
         for options in (0, SKIP_NONFINITE):
-            tensors = [param.to(device)], [grad.to(device)]
+            tensors = [param.clone().to(device)], [grad.to(device)]
             yield f"{name}-special-options={options}", name, *tensors, settings(name, 2), options
         zeros = [torch.zeros(300, device=device)], [torch.zeros(300, device=device)]
         yield f"{name}-zeros", name, *zeros, settings(name, 3), 0
@@ -452,6 +452,7 @@ def samples_8bit(device: torch.device | str) -> Iterator[Sample]:
         yield sample_8bit(case, name, params, grads, states, usual, (numbers, NUMBERS[name], options, 12345 + i))
         if case == "adam-many":  # with the signed map a second moment can be negative
             states[1][0][::5] *= -1.0
+            params = [x.clone() for x in params]
             label = "adam-many-special-signed"
             yield sample_8bit(label, name, params, grads, states, [signed] * 3, (numbers, NUMBERS[name], options, i))
 
