@@ -15,7 +15,7 @@ from tools import kernel_names, require_tool
 
 ROOT = Path(__file__).parent.parent
 TABLE = ROOT / "tests" / "simt" / "registers.json"
-ARCHITECTURES = tuple(re.findall(r"\b(\d+)(?:-real)?[;\"]", (ROOT / "backends/cuda/CMakeLists.txt").read_text()))
+ARCHITECTURES = tuple(re.findall(r"\bsm_(\d+)", (ROOT / "backends/cuda/CMakeLists.txt").read_text()))
 
 
 def release() -> str:
