@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Iterator
 
 import pytest
 import torch
-from _pytest.mark.structures import ParameterSet
-from tools import backend_param
 
 import polybit
 from polybit import autograd, spec
 from polybit.backends import list_backends, resolve
+from polybit.spec import Sample
 from polybit.testing import check, compare
 
 BACKENDS = [info.name for info in list_backends() if info.usable and info.device_type == "cpu"]
@@ -22,13 +22,13 @@ WHOLE = ("cpu:scalar", "cpu:avx2", "cpu:avx512", "cpu:neon")
 OPTIONAL = ("pack_size_kbit", "pack_kbit", "unpack_kbit")
 
 
-def turns() -> Iterator[ParameterSet]:
+def turns() -> Iterator[tuple[str, str]]:
     """Every op of every backend; what a matrix instruction's emulator inherits has its turn with the width."""
     for backend in BACKENDS:
         with polybit.backend(backend):
             for op in spec.OPS:
                 if not (backend.startswith("emulator:") and resolve(op).kind == "inherited"):
-                    yield backend_param(backend, op)
+                    yield backend, op
 
 
 @pytest.mark.parametrize(("backend", "op"), list(turns()))
@@ -84,10 +84,16 @@ def test_opcheck(op: str) -> None:
         assert set(results.values()) == {"SUCCESS"}
 
 
-@pytest.mark.parametrize("backend", [backend_param(name) for name in BACKENDS])
+@functools.cache
+def some_answers(op: str) -> list[tuple[Sample, tuple[torch.Tensor, ...]]]:
+    """A few samples with what the reference gives."""
+    return [(sample, spec.OPS[op].reference(*sample.args)) for sample in list(spec.OPS[op].samples("cpu"))[::7]]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_threads(backend: str) -> None:
     """Several Python threads at once, each with its own backend forced, get the answers of one."""
-    ops = ("quantize_kbit", "matmul_kbit", "linear_int8", "gather_kbit")
+    answers = {op: some_answers(op) for op in ("quantize_kbit", "matmul_kbit", "linear_int8", "gather_kbit")}
     failures: list[str] = []
 
     def work(op: str) -> None:
@@ -95,20 +101,20 @@ def test_threads(backend: str) -> None:
             with polybit.backend(backend, fallback="error"):
                 if resolve(op).kind == "reference":
                     return
-                for sample in list(spec.OPS[op].samples("cpu"))[::7]:
+                for sample, want in answers[op]:
                     try:
                         out = getattr(torch.ops.polybit, op)(*sample.args)
                     except polybit.BackendError:
                         assert backend.startswith("emulator")
                         continue
                     outs = (out,) if isinstance(out, torch.Tensor) else out
-                    problem = compare(outs, spec.OPS[op].reference(*sample.args), sample, False)
+                    problem = compare(outs, want, sample, False)
                     if problem:
                         failures.append(f"{op} {sample.id}: {problem}")
         except Exception as error:
             failures.append(f"{op}: {error!r}")
 
-    threads = [threading.Thread(target=work, args=(op,)) for op in ops * 2]
+    threads = [threading.Thread(target=work, args=(op,)) for op in (*answers, *answers)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -117,7 +123,7 @@ def test_threads(backend: str) -> None:
 
 
 @pytest.mark.parametrize("op", ["gather_kbit", "gather_int8"])
-@pytest.mark.parametrize("backend", [backend_param(name) for name in BACKENDS])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("bad", [-1, 1 << 40, 10])
 def test_index_out_of_range(op: str, backend: str, bad: int) -> None:
     sample = next(iter(spec.OPS[op].samples("cpu")))

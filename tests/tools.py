@@ -44,9 +44,9 @@ def cpu_variants() -> list[str]:
     return [info.name for info in list_backends() if info.usable and info.name.startswith("cpu:")]
 
 
-def backend_param(name: str, *values: object) -> ParameterSet:
-    """A parameter of a test; slow where each kernel takes a second or more to compile first."""
-    return pytest.param(name, *values, marks=[pytest.mark.slow] if name.startswith("sycl:") else [])
+def backend_param(name: str) -> ParameterSet:
+    """A parameter of a test; slow where each kernel takes a second or more to compile first, in each process."""
+    return pytest.param(name, marks=[pytest.mark.slow] if name.startswith("sycl:") else [])
 
 
 def run_python(code: str, *, check: bool = True, **env: str) -> subprocess.CompletedProcess[str]:
