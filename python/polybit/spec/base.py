@@ -30,7 +30,7 @@ class Op:
 
     `alloc(*args)` checks the arguments and returns empty outputs; it is the fake kernel, too.
     `reference(*args)` returns the outputs in plain torch; an op that mutates returns ().
-    `samples(device)` yields the same samples at every call; what becomes of one changes no other.
+    `samples(device)` yields the same samples at every call, which share no tensor that is changed.
     """
 
     name: str
